@@ -1,0 +1,29 @@
+//! kakuri: every workload in its own strongly isolated sandbox, through CRI v1, without Kubernetes.
+//!
+//! A control plane (HTTP) places workloads on nodes; the agent on each node (JSON lines over TCP or a Unix socket) turns a workload
+//! into a sandbox and a container by calling the node's CRI v1 runtime over its Unix socket. All I/O is blocking; each connection has
+//! a thread; there is no async runtime.
+//!
+//! # Code map, in reading order
+//!
+//! | room | is |
+//! |---|---|
+//! | [`limits`] | every bound in the program, and the relations between them |
+//! | [`deadline`] | deadlines that know their phase; the two clocks |
+//! | [`report`] | errors and log lines for people; exit codes |
+//! | [`workload`] | what runs, and its states; pure |
+//!
+//! # Invariants, as absences
+//!
+//! - No request to a runtime has an empty handler, a host namespace, privilege, or an annotation that a user chose (`cri`).
+//! - No byte from outside meets logic before a limit and a deadline ([`limits`], [`deadline`]).
+//! - No lock is held across I/O.
+//! - No state is invented: an unknown exit code is `null`, and `observed_at` says how old the truth is.
+//! - `agent` and `control_plane` never import each other; they meet in `wire`. Arrows point down the table above.
+//! - A crate from outside has one door: `h2`, `http`, `bytes` in `grpc` (and the server side in `sim`), `tokio` in `grpc::pump`,
+//!   `prost` in `cri`, `httparse` in `http`, `serde` in `wire` and `config`, `ureq` in `cli`.
+
+pub mod deadline;
+pub mod limits;
+pub mod report;
+pub mod workload;
