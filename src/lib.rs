@@ -12,6 +12,7 @@
 //! | [`deadline`] | deadlines that know their phase; the two clocks |
 //! | [`report`] | errors and log lines for people; exit codes |
 //! | [`workload`] | what runs, and its states; pure |
+//! | [`net`] | sockets with deadlines, listeners with slots, lines |
 //!
 //! # Invariants, as absences
 //!
@@ -25,5 +26,6 @@
 
 pub mod deadline;
 pub mod limits;
+pub mod net;
 pub mod report;
 pub mod workload;

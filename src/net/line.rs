@@ -1,0 +1,169 @@
+//! Lines from a socket: bytes up to `\n`, at most so many, begun and ended in time.
+//!
+//! Invariant: `begin <= scanned <= buffer.len() <= bytes_max`, and `buffer[begin..scanned]` holds no newline.
+
+use super::{Error, Stream};
+use crate::deadline::{Deadline, Expired};
+
+/// Reads lines from one socket; what came after a line stays for the next.
+#[derive(Debug)]
+pub struct LineReader {
+    buffer: Vec<u8>,
+    begin: usize,
+    scanned: usize,
+    bytes_max: usize,
+    line_ms: u64,
+}
+
+/// Why there is no line.
+#[derive(Debug)]
+pub enum LineError {
+    /// The other side closed in the middle of a line.
+    HalfLine,
+    /// No line began in time.
+    Idle(Expired),
+    /// A line began and did not end in time.
+    Slow(Expired),
+    /// The socket failed.
+    Socket(Error),
+    /// Longer than this many bytes.
+    TooLong(usize),
+}
+
+impl LineReader {
+    /// A reader of lines of at most `bytes_max` bytes, newline included, each complete within `line_ms` of its first byte.
+    pub fn new(bytes_max: usize, line_ms: u64) -> Self {
+        Self { buffer: Vec::new(), begin: 0, scanned: 0, bytes_max, line_ms }
+    }
+
+    /// The next line without its newline (and without a `\r` before it); `None` when the other side closed between two lines.
+    ///
+    /// # Errors
+    /// [`LineError`]. Only [`LineError::Idle`] leaves the reader usable.
+    pub fn next(&mut self, stream: &mut Stream, idle: Deadline) -> Result<Option<&[u8]>, LineError> {
+        self.discard_read();
+        let mut slow: Option<Deadline> = None;
+        loop {
+            let fresh = self.buffer.get(self.scanned..).unwrap_or_default();
+            if let Some(at) = fresh.iter().position(|b| *b == b'\n') {
+                let end = self.scanned.saturating_add(at);
+                let line = self.buffer.get(self.begin..end).unwrap_or_default();
+                self.begin = end.saturating_add(1);
+                self.scanned = self.begin;
+                return Ok(Some(line.strip_suffix(b"\r").unwrap_or(line)));
+            }
+            self.scanned = self.buffer.len();
+            if self.buffer.len() >= self.bytes_max {
+                return Err(LineError::TooLong(self.bytes_max));
+            }
+            let begun = !self.buffer.is_empty();
+            let deadline = if begun { *slow.get_or_insert_with(|| Deadline::within_ms(self.line_ms, "line")) } else { idle };
+            match self.fill(stream, deadline) {
+                Ok(0) if begun => return Err(LineError::HalfLine),
+                Ok(0) => return Ok(None),
+                Ok(_) => {}
+                Err(Error::Expired(expired)) if begun => return Err(LineError::Slow(expired)),
+                Err(Error::Expired(expired)) => return Err(LineError::Idle(expired)),
+                Err(error) => return Err(LineError::Socket(error)),
+            }
+        }
+    }
+
+    /// Whether the other side closed or spoke while we were writing to it: what follows a long answer may tell.
+    pub fn is_closed(&mut self, stream: &mut Stream) -> bool {
+        let mut probe = [0; 512];
+        match stream.read_ready(&mut probe) {
+            Ok(None) => false,
+            Ok(Some(0)) | Err(_) => true,
+            Ok(Some(n)) => {
+                self.buffer.extend_from_slice(probe.get(..n).unwrap_or_default());
+                self.buffer.len() > self.bytes_max
+            }
+        }
+    }
+
+    fn fill(&mut self, stream: &mut Stream, deadline: Deadline) -> Result<usize, Error> {
+        let used = self.buffer.len();
+        // Grow by doubling, from 4 KiB: most lines are short, and an idle connection should cost little.
+        let room = used.max(4096).min(self.bytes_max.saturating_sub(used));
+        self.buffer.resize(used.saturating_add(room), 0);
+        let result = stream.read(self.buffer.get_mut(used..).unwrap_or_default(), deadline);
+        let read = *result.as_ref().unwrap_or(&0);
+        self.buffer.truncate(used.saturating_add(read));
+        result
+    }
+
+    fn discard_read(&mut self) {
+        self.buffer.drain(..self.begin.min(self.buffer.len()));
+        self.begin = 0;
+        self.scanned = 0;
+        if self.buffer.is_empty() {
+            self.buffer.shrink_to(4096);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::stream::tests::pair;
+    use super::*;
+
+    fn soon() -> Deadline {
+        Deadline::within_ms(2000, "idle")
+    }
+
+    fn lines(chunks: &[&[u8]], bytes_max: usize) -> (Vec<Vec<u8>>, Option<LineError>) {
+        let (mut ours, mut theirs) = pair();
+        for chunk in chunks {
+            theirs.write_all(chunk, soon()).expect("fits the socket's buffer");
+        }
+        drop(theirs);
+        let mut reader = LineReader::new(bytes_max, 2000);
+        let mut seen = Vec::new();
+        loop {
+            match reader.next(&mut ours, soon()) {
+                Ok(Some(line)) => seen.push(line.to_vec()),
+                Ok(None) => return (seen, None),
+                Err(error) => return (seen, Some(error)),
+            }
+        }
+    }
+
+    #[test]
+    fn lines_are_cut_wherever_the_bytes_are_split() {
+        let text = b"one\n\ntwo\r\nthree\n";
+        for at in 0..text.len() {
+            let (seen, error) = lines(&[&text[..at], &text[at..]], 64);
+            assert_eq!(seen, [&b"one"[..], b"", b"two", b"three"], "split at {at}");
+            assert!(error.is_none());
+        }
+    }
+
+    #[test]
+    fn a_line_at_the_limit_passes_and_one_byte_more_does_not() {
+        let (seen, error) = lines(&[b"1234567\n"], 8);
+        assert_eq!((seen.len(), error.is_none()), (1, true));
+        let (seen, error) = lines(&[b"12345678\n"], 8);
+        assert!(seen.is_empty());
+        assert!(matches!(error, Some(LineError::TooLong(8))), "{error:?}");
+    }
+
+    #[test]
+    fn half_a_line_is_an_error_and_silence_after_it_too() {
+        assert!(matches!(lines(&[b"half"], 64).1, Some(LineError::HalfLine)));
+        let (mut ours, mut theirs) = pair();
+        theirs.write_all(b"half", soon()).expect("written");
+        let result = LineReader::new(64, 10).next(&mut ours, soon()).map(|_| ());
+        assert!(matches!(result, Err(LineError::Slow(e)) if e.phase == "line"), "{result:?}");
+    }
+
+    #[test]
+    fn silence_is_idle_and_the_reader_lives() {
+        let (mut ours, mut theirs) = pair();
+        let mut reader = LineReader::new(64, 1000);
+        let result = reader.next(&mut ours, Deadline::within_ms(5, "idle")).map(|_| ());
+        assert!(matches!(result, Err(LineError::Idle(_))), "{result:?}");
+        theirs.write_all(b"x\n", soon()).expect("written");
+        assert_eq!(reader.next(&mut ours, soon()).ok().flatten(), Some(&b"x"[..]));
+    }
+}

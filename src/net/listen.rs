@@ -1,0 +1,383 @@
+//! Listeners: a thread that accepts, a thread per connection, slots, and one way to stop.
+//!
+//! Stopping: set the flag, connect to ourselves so that `accept` returns, shut the reading side of every connection (a waiting
+//! reader sees the end of the stream; an answer in flight still leaves), wait for the threads until the drain is over, then shut
+//! both sides of what is left.
+//!
+//! Invariant: connections served at a time <= `CONNECTIONS_MAX`; one more gets a complete refusal and is closed.
+
+use std::collections::HashMap;
+use std::fs;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener};
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use super::{Address, Error, Stream};
+use crate::deadline::Deadline;
+use crate::limits;
+
+/// A bound listener that does not accept yet.
+#[derive(Debug)]
+pub enum Listener {
+    /// TCP.
+    Tcp(TcpListener),
+    /// Unix; the socket file is removed when the server stops.
+    Unix(UnixListener, PathBuf),
+}
+
+impl Listener {
+    /// Binds. A Unix socket is made with mode 0600; a stale file of a dead server is replaced, a live one is an error.
+    ///
+    /// # Errors
+    /// Those of `bind`; `AddrInUse` when somebody answers at the path, `AlreadyExists` when it is no socket.
+    pub fn bind(address: &Address) -> io::Result<Self> {
+        match address {
+            Address::Tcp(addr) => TcpListener::bind(addr).map(Self::Tcp),
+            Address::Unix(path) => bind_unix(path).map(|l| Self::Unix(l, path.clone())),
+        }
+    }
+
+    /// Where it listens, the port the kernel chose for 0 included.
+    ///
+    /// # Errors
+    /// Those of `getsockname`.
+    pub fn address(&self) -> io::Result<Address> {
+        match self {
+            Self::Tcp(l) => l.local_addr().map(Address::Tcp),
+            Self::Unix(_, path) => Ok(Address::Unix(path.clone())),
+        }
+    }
+
+    fn accept(&self) -> io::Result<Stream> {
+        match self {
+            Self::Tcp(l) => {
+                let (stream, _) = l.accept()?;
+                stream.set_nodelay(true)?;
+                Ok(Stream::Tcp(stream))
+            }
+            Self::Unix(l, _) => l.accept().map(|(stream, _)| Stream::Unix(stream)),
+        }
+    }
+}
+
+fn bind_unix(path: &Path) -> io::Result<UnixListener> {
+    match fs::symlink_metadata(path) {
+        Ok(meta) if !meta.file_type().is_socket() => return Err(io::Error::new(io::ErrorKind::AlreadyExists, "not a socket")),
+        Ok(_) => match UnixStream::connect(path) {
+            Ok(_) => return Err(io::ErrorKind::AddrInUse.into()),
+            Err(_) => fs::remove_file(path)?,
+        },
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+        Err(e) => return Err(e),
+    }
+    // Bound under another name first, so that there is no moment in which the socket stands open to others.
+    let mut hidden = path.as_os_str().to_owned();
+    hidden.push(".new");
+    let _ = fs::remove_file(&hidden); // Left by a server that died between the two steps.
+    let listener = UnixListener::bind(&hidden)?;
+    fs::set_permissions(&hidden, fs::Permissions::from_mode(0o600))?;
+    fs::rename(&hidden, path)?;
+    Ok(listener)
+}
+
+/// What a server does with its connections.
+pub trait Service: Send + Sync + 'static {
+    /// Serves one connection to its end. `stopping` becomes true when the server drains.
+    fn serve(&self, stream: Stream, stopping: &AtomicBool);
+
+    /// A complete answer for a connection that gets no slot.
+    fn busy(&self) -> &'static [u8];
+}
+
+/// A running server: its accept thread and its connections.
+#[derive(Debug)]
+pub struct Server {
+    address: Address,
+    shared: Arc<Shared>,
+    accept: Option<JoinHandle<()>>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    stopping: AtomicBool,
+    connections: Mutex<Connections>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Connections {
+    next: u64,
+    open: HashMap<u64, (Stream, Option<JoinHandle<()>>)>,
+    /// Threads that are over or about to be; joined by the accept thread and at the end.
+    done: Vec<JoinHandle<()>>,
+    panics: u64,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Connections> {
+        // No code panics while it holds this lock; a poisoned one would still hold true data.
+        self.connections.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Server {
+    /// Starts accepting, in a thread called `name`; connections run in threads `name` with a number.
+    ///
+    /// # Errors
+    /// When there are no threads left.
+    pub fn start<S: Service>(listener: Listener, name: &'static str, service: Arc<S>) -> io::Result<Self> {
+        let address = listener.address()?;
+        let shared = Arc::new(Shared { stopping: AtomicBool::new(false), connections: Mutex::default(), changed: Condvar::new() });
+        let accept = {
+            let shared = Arc::clone(&shared);
+            thread::Builder::new()
+                .name(format!("{name}-accept"))
+                .stack_size(limits::STACK_BYTES)
+                .spawn(move || accept_loop(&listener, name, &service, &shared))?
+        };
+        Ok(Self { address, shared, accept: Some(accept) })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> &Address {
+        &self.address
+    }
+
+    /// Connections open now.
+    pub fn connections(&self) -> usize {
+        self.shared.lock().open.len()
+    }
+
+    /// Stops: no new connections, requests in flight have `drain_ms` to end.
+    pub fn stop(mut self, drain_ms: u64) {
+        self.shared.stopping.store(true, Ordering::SeqCst);
+        wake(&self.address);
+        if let Some(accept) = self.accept.take() {
+            join(accept);
+        }
+        let deadline = Deadline::within_ms(drain_ms, "drain");
+        let mut connections = self.shared.lock();
+        for (stream, _) in connections.open.values() {
+            stream.shutdown(Shutdown::Read);
+        }
+        while !connections.open.is_empty() {
+            let Ok(left) = deadline.left() else { break };
+            connections = self.shared.changed.wait_timeout(connections, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        if !connections.open.is_empty() {
+            log::warn!("{} connections were cut off: not over within {drain_ms} ms", connections.open.len());
+        }
+        let mut threads = std::mem::take(&mut connections.done);
+        for (stream, thread) in connections.open.values_mut() {
+            stream.shutdown(Shutdown::Both);
+            threads.extend(thread.take());
+        }
+        drop(connections);
+        for thread in threads {
+            join(thread);
+        }
+        if let Address::Unix(path) = &self.address {
+            let _ = fs::remove_file(path); // Gone already is as good.
+        }
+    }
+}
+
+fn accept_loop<S: Service>(listener: &Listener, name: &'static str, service: &Arc<S>, shared: &Arc<Shared>) {
+    while !shared.stopping.load(Ordering::SeqCst) {
+        let stream = match listener.accept() {
+            Ok(stream) => stream,
+            Err(e) if matches!(e.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted) => continue,
+            Err(e) => {
+                // No descriptors or memory: wait for a connection to end, or a little, instead of spinning.
+                log::warn!("{name}: accept: {e}");
+                let connections = shared.lock();
+                drop(shared.changed.wait_timeout(connections, Duration::from_millis(100)));
+                continue;
+            }
+        };
+        if shared.stopping.load(Ordering::SeqCst) {
+            break;
+        }
+        if let Err(error) = admit(stream, name, service, shared) {
+            log::warn!("{name}: connection refused: {}", crate::report::Chain(&error));
+        }
+        let done = std::mem::take(&mut shared.lock().done);
+        for thread in done {
+            join(thread);
+        }
+    }
+}
+
+fn admit<S: Service>(mut stream: Stream, name: &'static str, service: &Arc<S>, shared: &Arc<Shared>) -> Result<(), Error> {
+    let clone = stream.try_clone()?;
+    let mut connections = shared.lock();
+    if connections.open.len() >= limits::CONNECTIONS_MAX {
+        drop(connections);
+        // The answer fits the socket's buffer; a reader that takes nothing must not hold up the accept thread.
+        return stream.write_all(service.busy(), Deadline::within_ms(100, "refusal"));
+    }
+    let key = connections.next;
+    connections.next = key.wrapping_add(1);
+    connections.open.insert(key, (clone, None));
+    drop(connections);
+    let spawned = {
+        let (service, shared) = (Arc::clone(service), Arc::clone(shared));
+        thread::Builder::new().name(format!("{name}-{}", key % 10_000)).stack_size(limits::STACK_BYTES).spawn(move || {
+            // Dropped on return and on panic alike, so that a slot is never lost.
+            let _slot = Slot { key, shared: &shared };
+            service.serve(stream, &shared.stopping);
+        })
+    };
+    let mut connections = shared.lock();
+    match spawned {
+        Ok(thread) => match connections.open.get_mut(&key) {
+            Some(slot) => slot.1 = Some(thread),
+            None => connections.done.push(thread),
+        },
+        Err(error) => {
+            connections.open.remove(&key);
+            return Err(Error::Io(error));
+        }
+    }
+    Ok(())
+}
+
+struct Slot<'a> {
+    key: u64,
+    shared: &'a Shared,
+}
+
+impl Drop for Slot<'_> {
+    fn drop(&mut self) {
+        let mut connections = self.shared.lock();
+        if thread::panicking() {
+            connections.panics += 1;
+            log::error!("a connection's thread panicked ({} so far); its connection is closed", connections.panics);
+        }
+        if let Some((stream, thread)) = connections.open.remove(&self.key) {
+            stream.shutdown(Shutdown::Both);
+            connections.done.extend(thread);
+        }
+        drop(connections);
+        self.shared.changed.notify_all();
+    }
+}
+
+/// Connects to ourselves, so that a waiting `accept` returns.
+fn wake(address: &Address) {
+    let target = match address {
+        Address::Tcp(addr) if addr.ip().is_unspecified() => {
+            let loopback = if addr.is_ipv4() { IpAddr::V4(Ipv4Addr::LOCALHOST) } else { IpAddr::V6(Ipv6Addr::LOCALHOST) };
+            Address::Tcp(SocketAddr::new(loopback, addr.port()))
+        }
+        other => other.clone(),
+    };
+    if let Err(error) = Stream::connect(&target, Deadline::within_ms(1000, "wake")) {
+        log::warn!("cannot wake the listener at {target}: {}", crate::report::Chain(&error));
+    }
+}
+
+fn join(thread: JoinHandle<()>) {
+    // A panic was counted and logged where it happened.
+    let _ = thread.join();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Echo;
+
+    impl Service for Echo {
+        fn serve(&self, mut stream: Stream, _stopping: &AtomicBool) {
+            let mut buffer = [0; 64];
+            let deadline = Deadline::within_ms(60_000, "echo");
+            while let Ok(n @ 1..) = stream.read(&mut buffer, deadline) {
+                assert_ne!(&buffer[..n], b"panic");
+                if stream.write_all(&buffer[..n], deadline).is_err() {
+                    return;
+                }
+            }
+        }
+
+        fn busy(&self) -> &'static [u8] {
+            b"busy"
+        }
+    }
+
+    fn start() -> Server {
+        let listener = Listener::bind(&Address::parse("127.0.0.1:0").expect("valid")).expect("a free port");
+        Server::start(listener, "echo", Arc::new(Echo)).expect("a thread")
+    }
+
+    fn soon() -> Deadline {
+        Deadline::within_ms(5000, "test")
+    }
+
+    fn ask(stream: &mut Stream, text: &[u8]) -> Vec<u8> {
+        let mut buffer = [0; 64];
+        stream.write_all(text, soon()).expect("written");
+        let n = stream.read(&mut buffer, soon()).expect("read");
+        buffer[..n].to_vec()
+    }
+
+    #[test]
+    fn stop_ends_idle_connections_at_once() {
+        let server = start();
+        let mut client = Stream::connect(server.address(), soon()).expect("connected");
+        assert_eq!(ask(&mut client, b"hello"), b"hello");
+        let watch = crate::deadline::Stopwatch::start();
+        server.stop(60_000);
+        assert!(watch.elapsed_ms() < 5000);
+        assert_eq!(client.read(&mut [0; 1], soon()).expect("end of stream"), 0);
+    }
+
+    #[test]
+    fn a_panic_costs_one_connection_and_no_slot() {
+        let server = start();
+        let mut client = Stream::connect(server.address(), soon()).expect("connected");
+        assert_eq!(ask(&mut client, b"panic"), b"");
+        let mut other = Stream::connect(server.address(), soon()).expect("connected");
+        assert_eq!(ask(&mut other, b"still here"), b"still here");
+        server.stop(1000);
+    }
+
+    #[test]
+    fn one_connection_too_many_is_refused_in_words() {
+        let server = start();
+        let mut clients = Vec::new();
+        for _ in 0..limits::CONNECTIONS_MAX {
+            let mut client = Stream::connect(server.address(), soon()).expect("connected");
+            assert_eq!(ask(&mut client, b"in"), b"in");
+            clients.push(client);
+        }
+        let mut late = Stream::connect(server.address(), soon()).expect("connected");
+        let mut buffer = [0; 8];
+        let n = late.read(&mut buffer, soon()).expect("read");
+        assert_eq!(&buffer[..n], b"busy");
+        server.stop(5000);
+    }
+
+    #[test]
+    fn a_unix_socket_is_private_and_replaces_only_the_dead() {
+        let dir = std::env::temp_dir().join(format!("kakuri-listen-{}", std::process::id()));
+        fs::create_dir_all(&dir).expect("a directory");
+        let path = dir.join("s");
+        let address = Address::Unix(path.clone());
+        drop(UnixListener::bind(&path).expect("a stale socket"));
+        let server = Server::start(Listener::bind(&address).expect("replaces"), "echo", Arc::new(Echo)).expect("a thread");
+        assert_eq!(fs::metadata(&path).expect("there").permissions().mode() & 0o777, 0o600);
+        assert_eq!(Listener::bind(&address).map(|_| ()).map_err(|e| e.kind()), Err(io::ErrorKind::AddrInUse));
+        server.stop(1000);
+        assert!(!path.exists());
+        fs::write(&path, "a file").expect("written");
+        assert_eq!(Listener::bind(&address).map(|_| ()).map_err(|e| e.kind()), Err(io::ErrorKind::AlreadyExists));
+        fs::remove_dir_all(&dir).expect("removed");
+    }
+}
