@@ -13,6 +13,7 @@
 //! | [`report`] | errors and log lines for people; exit codes |
 //! | [`workload`] | what runs, and its states; pure |
 //! | [`net`] | sockets with deadlines, listeners with slots, lines |
+//! | [`http`] | HTTP/1.1, server side |
 //!
 //! # Invariants, as absences
 //!
@@ -22,9 +23,10 @@
 //! - No state is invented: an unknown exit code is `null`, and `observed_at` says how old the truth is.
 //! - `agent` and `control_plane` never import each other; they meet in `wire`. Arrows point down the table above.
 //! - A crate from outside has one door: `h2`, `http`, `bytes` in `grpc` (and the server side in `sim`), `tokio` in `grpc::pump`,
-//!   `prost` in `cri`, `httparse` in `http`, `serde` in `wire` and `config`, `ureq` in `cli`.
+//!   `prost` in `cri`, `httparse` in [`http`], `serde` in `wire` and `config`, `ureq` in `cli`.
 
 pub mod deadline;
+pub mod http;
 pub mod limits;
 pub mod net;
 pub mod report;
