@@ -12,6 +12,7 @@
 //! | [`deadline`] | deadlines that know their phase; the two clocks |
 //! | [`report`] | errors and log lines for people; exit codes |
 //! | [`workload`] | what runs, and its states; pure |
+//! | [`wire`] | every JSON shape: the line protocol ([`wire::agent`]), HTTP bodies ([`wire::api`]), strict reading ([`wire::json`]) |
 //! | [`net`] | sockets with deadlines, listeners with slots, lines |
 //! | [`http`] | HTTP/1.1, server side |
 //!
@@ -21,13 +22,14 @@
 //! - No byte from outside meets logic before a limit and a deadline ([`limits`], [`deadline`]).
 //! - No lock is held across I/O.
 //! - No state is invented: an unknown exit code is `null`, and `observed_at` says how old the truth is.
-//! - `agent` and `control_plane` never import each other; they meet in `wire`. Arrows point down the table above.
+//! - `agent` and `control_plane` never import each other; they meet in [`wire`]. Arrows point down the table above.
 //! - A crate from outside has one door: `h2`, `http`, `bytes` in `grpc` (and the server side in `sim`), `tokio` in `grpc::pump`,
-//!   `prost` in `cri`, `httparse` in [`http`], `serde` in `wire` and `config`, `ureq` in `cli`.
+//!   `prost` in `cri`, `httparse` in [`http`], `serde` in [`wire`] and `config`, `ureq` in `cli`.
 
 pub mod deadline;
 pub mod http;
 pub mod limits;
 pub mod net;
 pub mod report;
+pub mod wire;
 pub mod workload;
