@@ -15,18 +15,22 @@
 //! | [`wire`] | every JSON shape: the line protocol ([`wire::agent`]), HTTP bodies ([`wire::api`]), strict reading ([`wire::json`]) |
 //! | [`net`] | sockets with deadlines, listeners with slots, lines |
 //! | [`http`] | HTTP/1.1, server side |
+//! | [`grpc`] | gRPC on `h2` with blocking reads: [`grpc::pump`] is the trick, [`grpc::call`] the calls |
+//! | [`cri`] | the container runtime: [`cri::client`] one function per RPC, [`cri::runtime`] a workload's start with its undo |
 //!
 //! # Invariants, as absences
 //!
-//! - No request to a runtime has an empty handler, a host namespace, privilege, or an annotation that a user chose (`cri`).
+//! - No request to a runtime has an empty handler, a host namespace, privilege, or an annotation that a user chose ([`cri`]).
 //! - No byte from outside meets logic before a limit and a deadline ([`limits`], [`deadline`]).
 //! - No lock is held across I/O.
 //! - No state is invented: an unknown exit code is `null`, and `observed_at` says how old the truth is.
 //! - `agent` and `control_plane` never import each other; they meet in [`wire`]. Arrows point down the table above.
-//! - A crate from outside has one door: `h2`, `http`, `bytes` in `grpc` (and the server side in `sim`), `tokio` in `grpc::pump`,
-//!   `prost` in `cri`, `httparse` in [`http`], `serde` in [`wire`] and `config`, `ureq` in `cli`.
+//! - A crate from outside has one door: `h2`, `http`, `bytes` in [`grpc`] (and the server side in `sim`), `tokio` in [`grpc::pump`],
+//!   `prost` in [`cri`], `httparse` in [`http`], `serde` in [`wire`] and `config`, `ureq` in `cli`.
 
+pub mod cri;
 pub mod deadline;
+pub mod grpc;
 pub mod http;
 pub mod limits;
 pub mod net;
