@@ -17,6 +17,8 @@
 //! | [`http`] | HTTP/1.1, server side |
 //! | [`grpc`] | gRPC on `h2` with blocking reads: [`grpc::pump`] is the trick, [`grpc::call`] the calls |
 //! | [`cri`] | the container runtime: [`cri::client`] one function per RPC, [`cri::runtime`] a workload's start with its undo |
+//! | [`flags`], [`config`] | command lines and TOML files |
+//! | [`daemon`] | what the daemons share: signals, listeners |
 //!
 //! # Invariants, as absences
 //!
@@ -26,10 +28,13 @@
 //! - No state is invented: an unknown exit code is `null`, and `observed_at` says how old the truth is.
 //! - `agent` and `control_plane` never import each other; they meet in [`wire`]. Arrows point down the table above.
 //! - A crate from outside has one door: `h2`, `http`, `bytes` in [`grpc`] (and the server side in `sim`), `tokio` in [`grpc::pump`],
-//!   `prost` in [`cri`], `httparse` in [`http`], `serde` in [`wire`] and `config`, `ureq` in `cli`.
+//!   `prost` in [`cri`], `httparse` in [`http`], `serde` in [`wire`] and [`config`], `ureq` in `cli`.
 
+pub mod config;
 pub mod cri;
+pub mod daemon;
 pub mod deadline;
+pub mod flags;
 pub mod grpc;
 pub mod http;
 pub mod limits;
