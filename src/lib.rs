@@ -19,6 +19,7 @@
 //! | [`cri`] | the container runtime: [`cri::client`] one function per RPC, [`cri::runtime`] a workload's start with its undo |
 //! | [`flags`], [`config`] | command lines and TOML files |
 //! | [`daemon`] | what the daemons share: signals, listeners |
+//! | [`agent`] | the node agent: [`agent::registry`] what it knows, [`agent::reconcile`] what is true, [`agent::work`] what it does |
 //!
 //! # Invariants, as absences
 //!
@@ -30,6 +31,7 @@
 //! - A crate from outside has one door: `h2`, `http`, `bytes` in [`grpc`] (and the server side in `sim`), `tokio` in [`grpc::pump`],
 //!   `prost` in [`cri`], `httparse` in [`http`], `serde` in [`wire`] and [`config`], `ureq` in `cli`.
 
+pub mod agent;
 pub mod config;
 pub mod cri;
 pub mod daemon;

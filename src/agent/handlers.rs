@@ -1,0 +1,407 @@
+//! One connection of the line protocol: read a request, do it, reply; in order, until the client leaves.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use crossbeam_channel::RecvTimeoutError;
+use serde_json::Value;
+
+use super::Agent;
+use super::logs::LogReader;
+use super::registry::Refusal;
+use super::work::is_allowed;
+use super::{node, reconcile};
+use crate::cri::runtime::Class;
+use crate::deadline::{Deadline, Stopwatch, Timestamp};
+use crate::grpc::Code;
+use crate::limits;
+use crate::net::line::{LineError, LineReader};
+use crate::net::{self, Stream};
+use crate::report::Chain;
+use crate::wire::agent::{Class as ClassBody, Condition, ErrorCode, ErrorReply, ExecResult, LogRequest, Node, Received, Reply, Request};
+use crate::wire::{Problems, api};
+use crate::workload::{Reason, State, Workload, WorkloadId};
+
+/// The client is gone, or too slow: nothing more can be said.
+struct Hangup;
+
+impl From<net::Error> for Hangup {
+    fn from(_: net::Error) -> Self {
+        Self
+    }
+}
+
+/// Serves one connection to its end.
+pub fn serve(agent: &Agent, mut stream: Stream, stopping: &AtomicBool) {
+    let mut lines = LineReader::new(limits::LINE_BYTES_MAX, limits::LINE_MS_MAX);
+    while !stopping.load(Ordering::SeqCst) {
+        let line = match lines.next(&mut stream, Deadline::within_ms(limits::IDLE_MS_MAX, "idle")) {
+            Ok(Some(line)) if line.trim_ascii().is_empty() => continue,
+            Ok(Some(line)) => Request::parse(line),
+            Ok(None) => return,
+            Err(error) => return refuse_line(&mut stream, &error),
+        };
+        let Received { seq, id, request } = line;
+        let mut client = Client { stream: &mut stream, seq, stopping };
+        let result = match request {
+            Ok(request) => handle(agent, request, &mut client),
+            Err(problems) => client.send(&invalid(&problems, id)),
+        };
+        if result.is_err() {
+            return;
+        }
+    }
+}
+
+/// The complete answer for a client that gets no slot.
+pub const BUSY: &[u8] = b"{\"type\":\"Error\",\"code\":\"ResourceExhausted\",\"message\":\"too many connections; try again later\"}\n";
+
+/// After such a line nobody knows where the next begins, so the connection ends with the answer.
+fn refuse_line(stream: &mut Stream, error: &LineError) {
+    let (code, message) = match error {
+        LineError::TooLong(bytes_max) => (ErrorCode::InvalidArgument, format!("a line must be at most {bytes_max} bytes")),
+        LineError::Slow(_) => (ErrorCode::DeadlineExceeded, format!("a line must be complete within {} ms", limits::LINE_MS_MAX)),
+        LineError::HalfLine => (ErrorCode::InvalidArgument, "a line must end with a newline".to_owned()),
+        // Nobody is there, or nobody spoke.
+        LineError::Idle(_) | LineError::Socket(_) => return,
+    };
+    let reply = Reply::error(code, message, None).to_line(None);
+    if stream.write_all(&reply, Deadline::within_ms(limits::LINE_MS_MAX, "refusal")).is_ok() {
+        stream.linger(limits::LINGER_BYTES_MAX, Deadline::within_ms(limits::LINGER_MS_MAX, "linger"));
+    }
+}
+
+/// Where replies go.
+struct Client<'a> {
+    stream: &'a mut Stream,
+    seq: Option<Value>,
+    stopping: &'a AtomicBool,
+}
+
+impl Client<'_> {
+    fn send(&mut self, reply: &Reply) -> Result<(), Hangup> {
+        let line = reply.to_line(self.seq.as_ref());
+        Ok(self.stream.write_all(&line, Deadline::within_ms(limits::WRITE_MS_MAX, "reply"))?)
+    }
+
+    fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::SeqCst)
+    }
+}
+
+fn handle(agent: &Agent, request: Request, client: &mut Client<'_>) -> Result<(), Hangup> {
+    let reply = match request {
+        // No listener asks for a token yet; one that is offered does no harm.
+        Request::Auth { token: _ } => Reply::Ok,
+        Request::DeleteWorkload { id, wait_ms } => delete(agent, &id, wait_ms, client),
+        Request::Exec { id, command, timeout_ms } => exec(agent, id, &command, timeout_ms),
+        Request::GetLogs(request) => return logs(agent, &request, client),
+        Request::GetNode => Reply::Node(Box::new(describe(agent))),
+        Request::GetStatus { id, wait } => {
+            refresh(agent, &id);
+            let (until, ms) = wait.unwrap_or((crate::wire::agent::Until::Started, 0));
+            status_reply(id.clone(), agent.registry.wait(&id, until, Deadline::within_ms(ms, "wait"), client.stopping))
+        }
+        Request::ListWorkloads { after, limit } => list(agent, after.as_ref(), limit),
+        Request::Ping => Reply::Pong { version: env!("CARGO_PKG_VERSION").into() },
+        Request::StartWorkload { workload, wait_ms } => start(agent, *workload, wait_ms, client),
+        Request::StopWorkload { id, wait_ms } => {
+            let stopped = agent.registry.want_stop(&id, Reason::Stopped, None);
+            let until = crate::wire::agent::Until::Terminal;
+            let waited = wait_ms.and_then(|ms| agent.registry.wait(&id, until, Deadline::within_ms(ms, "wait"), client.stopping));
+            status_reply(id, waited.or(stopped))
+        }
+        Request::Watch => return watch(agent, client),
+    };
+    client.send(&reply)
+}
+
+fn status_reply(id: WorkloadId, status: Option<(State, crate::wire::Status)>) -> Reply {
+    match status {
+        Some((state, status)) => Reply::Status { id: id.to_string(), state, status: Box::new(status) },
+        None => not_found(&id),
+    }
+}
+
+fn not_found(id: &WorkloadId) -> Reply {
+    Reply::error(ErrorCode::NotFound, "no such workload on this node", Some(id.to_string()))
+}
+
+fn invalid(problems: &Problems, id: Option<String>) -> Reply {
+    Reply::Error(ErrorReply { code: ErrorCode::InvalidArgument, message: problems.to_string(), id, errors: problems.into() })
+}
+
+fn start(agent: &Agent, workload: Workload, wait_ms: Option<u64>, client: &Client<'_>) -> Reply {
+    let id = workload.id.clone();
+    let error = |code, message: String| Reply::error(code, message, Some(id.to_string()));
+    if !agent.registry.contains(&id) {
+        match check(agent, &workload) {
+            Ok(()) => {}
+            Err(Unfit::Rules(problems)) => return invalid(&problems, Some(id.to_string())),
+            Err(Unfit::Now(message)) => return error(ErrorCode::Unavailable, message),
+        }
+    }
+    let accepted = match agent.registry.accept(workload) {
+        Ok(accepted) => accepted,
+        Err(Refusal::Differs) => return error(ErrorCode::AlreadyExists, "another workload has this id".into()),
+        Err(Refusal::Leaving) => return error(ErrorCode::Unavailable, "the former workload of this id is still being deleted".into()),
+        Err(Refusal::Full) => {
+            let message = format!("this node keeps at most {} workloads; delete some that ended", limits::AGENT_WORKLOADS_MAX);
+            return error(ErrorCode::ResourceExhausted, message);
+        }
+    };
+    let until = crate::wire::agent::Until::Started;
+    let waited = wait_ms.and_then(|ms| agent.registry.wait(&id, until, Deadline::within_ms(ms, "wait"), client.stopping));
+    status_reply(id, Some(waited.unwrap_or(accepted)))
+}
+
+/// Why this node does not take a workload.
+enum Unfit {
+    /// Not now.
+    Now(String),
+    /// Never.
+    Rules(Problems),
+}
+
+/// The rules that depend on this node's configuration. Nothing is accepted that could only fail.
+fn check(agent: &Agent, workload: &Workload) -> Result<(), Unfit> {
+    let offered = agent.node.classes();
+    let Some((class, endpoint, available)) = offered.iter().find(|(class, ..)| class.name == workload.runtime_class) else {
+        let names: Vec<&str> = offered.iter().map(|(class, ..)| class.name.as_str()).collect();
+        if names.is_empty() {
+            return Err(Unfit::Now("this node offers no runtime class: its runtime did not answer yet, or lists no handlers".into()));
+        }
+        let detail = format!("unknown class; this node offers {}", names.join(", "));
+        return Err(Unfit::Rules(Problems::one("/workload/runtime_class", detail)));
+    };
+    let problems = broken_rules(agent, workload, class);
+    if !problems.is_empty() {
+        return Err(Unfit::Rules(problems));
+    }
+    if *available == Some(false) {
+        return Err(Unfit::Now(format!("the runtime does not list the handler {:?} of this class", class.handler)));
+    }
+    if !endpoint.is_listed() {
+        return Err(Unfit::Now("the runtime was not listed since the agent started; it may already run this workload".into()));
+    }
+    Ok(())
+}
+
+fn broken_rules(agent: &Agent, workload: &Workload, class: &Class) -> Problems {
+    let mut problems = Problems::default();
+    let spec = &workload.spec;
+    if spec.memory_mb < class.memory_mb_min {
+        problems.add("/workload/memory_mb", format!("must be at least {} for class {}", class.memory_mb_min, class.name));
+    }
+    if spec.pids_max.is_some() && !node::has_cgroup_v2() {
+        problems.add("/workload/pids_max", "cannot be enforced on this node: it has no cgroup v2");
+    }
+    if spec.pull_credentials.is_some() {
+        problems.add("/workload/image_pull/credentials", "this node has no credentials of that name");
+    }
+    for (i, mount) in spec.mounts.iter().enumerate() {
+        if !is_allowed(&agent.mount_roots, std::path::Path::new(&mount.source)) {
+            problems.add(format!("/workload/mounts/{i}/source"), "is not under a mount root of this node");
+        }
+    }
+    problems
+}
+
+/// Asks the runtime first when what is known of a running workload is not fresh.
+fn refresh(agent: &Agent, id: &WorkloadId) {
+    let Some((State::Running, class, Some(container_id), observed_at)) = agent.registry.container(id) else { return };
+    if Timestamp::now().as_millis().saturating_sub(observed_at.as_millis()) < limits::FRESH_MS {
+        return;
+    }
+    let Some(endpoint) = agent.node.endpoint(&class) else { return };
+    if endpoint.health().error.is_some() {
+        // The relist says when it is back; until then every question would wait for nothing.
+        return;
+    }
+    let version = agent.registry.known().into_iter().find(|k| k.id == *id).map(|k| k.version);
+    reconcile::ask(agent, &endpoint, id, version.unwrap_or(0), &container_id);
+}
+
+fn delete(agent: &Agent, id: &WorkloadId, wait_ms: Option<u64>, client: &Client<'_>) -> Reply {
+    if !agent.registry.want_delete(id) {
+        return not_found(id);
+    }
+    let ms = wait_ms.unwrap_or(limits::DELETE_WAIT_MS_DEFAULT);
+    if agent.registry.wait_gone(id, Deadline::within_ms(ms, "wait"), client.stopping) {
+        return Reply::Deleted { id: id.to_string() };
+    }
+    let last = agent.registry.status(id).and_then(|(_, status)| status.last_error);
+    let because = last.map(|error| format!(": {error}")).unwrap_or_default();
+    Reply::error(ErrorCode::DeadlineExceeded, format!("not gone yet; it will be{because}"), Some(id.to_string()))
+}
+
+fn list(agent: &Agent, after: Option<&WorkloadId>, limit: usize) -> Reply {
+    let mut limit = limit;
+    loop {
+        let (workloads, is_more) = agent.registry.page(after, limit);
+        let last = workloads.last().and_then(|object| object.spec.get("id")).and_then(Value::as_str).map(str::to_owned);
+        let reply = Reply::Workloads { workloads, r#continue: last.filter(|_| is_more) };
+        // A reply is a line, and a line has its limit: large workloads come in smaller pages.
+        if limit <= 1 || reply.to_line(None).len() < limits::LINE_BYTES_MAX - 1024 {
+            return reply;
+        }
+        limit /= 2;
+    }
+}
+
+fn exec(agent: &Agent, id: WorkloadId, command: &[String], timeout_ms: u64) -> Reply {
+    let error = |code, message: String| Reply::error(code, message, Some(id.to_string()));
+    let (class, container_id) = match agent.registry.container(&id) {
+        None => return not_found(&id),
+        Some((State::Running, class, Some(container_id), _)) => (class, container_id),
+        Some((state, ..)) => return error(ErrorCode::Unavailable, format!("the workload is {state}, not Running")),
+    };
+    let Some(endpoint) = agent.node.endpoint(&class) else { return error(ErrorCode::Internal, "no runtime".into()) };
+    let timeout_s = i64::try_from(timeout_ms.div_ceil(1000)).unwrap_or(1);
+    let deadline = Deadline::within_ms(timeout_ms.saturating_add(limits::CRI_QUICK_MS_MAX), "exec");
+    match endpoint.client.exec_sync(&container_id, command, timeout_s, deadline) {
+        Ok(answer) => Reply::ExecResult(exec_result(&answer.stdout, &answer.stderr, answer.exit_code)),
+        Err(e) if e.code() == Some(Code::DeadlineExceeded) || matches!(e.kind, crate::grpc::ErrorKind::Expired(_)) => {
+            error(ErrorCode::DeadlineExceeded, format!("the command did not end within {timeout_ms} ms"))
+        }
+        Err(e) if e.status().is_some() => error(ErrorCode::InvalidArgument, Chain(&e).to_string()),
+        Err(e) => error(ErrorCode::Unavailable, Chain(&e).to_string()),
+    }
+}
+
+fn exec_result(stdout: &[u8], stderr: &[u8], exit_code: i32) -> ExecResult {
+    let cut = |bytes: &[u8]| bytes.len() > limits::EXEC_OUTPUT_BYTES_MAX;
+    let truncated = cut(stdout) || cut(stderr);
+    let clip = |bytes: &[u8]| bytes.get(..limits::EXEC_OUTPUT_BYTES_MAX).unwrap_or(bytes).to_vec();
+    let (stdout, stderr) = (clip(stdout), clip(stderr));
+    match (String::from_utf8(stdout), String::from_utf8(stderr)) {
+        (Ok(stdout), Ok(stderr)) => ExecResult { exit_code, stdout, stderr, encoding: "utf-8".into(), truncated },
+        (stdout, stderr) => {
+            let encode = |result: Result<String, std::string::FromUtf8Error>| match result {
+                Ok(text) => BASE64.encode(text),
+                Err(error) => BASE64.encode(error.into_bytes()),
+            };
+            ExecResult { exit_code, stdout: encode(stdout), stderr: encode(stderr), encoding: "base64".into(), truncated }
+        }
+    }
+}
+
+fn logs(agent: &Agent, request: &LogRequest, client: &mut Client<'_>) -> Result<(), Hangup> {
+    let id = &request.id;
+    if !agent.registry.contains(id) {
+        return client.send(&not_found(id));
+    }
+    let mut reader = LogReader::new(agent.log_dir(id), request);
+    let failed = |error: std::io::Error| Reply::error(ErrorCode::Internal, format!("cannot read the log: {error}"), Some(id.to_string()));
+    if let Some(tail) = request.tail {
+        match reader.read_tail(tail) {
+            Ok(lines) => lines.into_iter().try_for_each(|line| client.send(&Reply::Log(line)))?,
+            Err(error) => return client.send(&failed(error)),
+        }
+    }
+    let mut quiet = Stopwatch::start();
+    loop {
+        // Asked before reading: what was written before the end is then always read.
+        let until = crate::wire::agent::Until::Terminal;
+        let state = agent.registry.status(id).map(|(state, _)| state);
+        let is_over = !request.follow || client.is_stopping() || state.is_none_or(State::is_terminal);
+        match reader.read() {
+            Ok(lines) if lines.is_empty() && is_over => return client.send(&Reply::LogEnd { id: id.to_string() }),
+            Ok(lines) if lines.is_empty() => {
+                if quiet.elapsed_ms() >= limits::HEARTBEAT_MS {
+                    // Also how a client that left is noticed.
+                    client.send(&heartbeat(agent))?;
+                    quiet = Stopwatch::start();
+                }
+                agent.registry.wait(id, until, Deadline::within_ms(limits::LOG_FOLLOW_MS, "follow"), client.stopping);
+            }
+            Ok(lines) => {
+                lines.into_iter().try_for_each(|line| client.send(&Reply::Log(line)))?;
+                quiet = Stopwatch::start();
+            }
+            Err(error) => return client.send(&failed(error)),
+        }
+    }
+}
+
+fn heartbeat(agent: &Agent) -> Reply {
+    Reply::Heartbeat { time: Timestamp::now(), revision: agent.registry.revision() }
+}
+
+fn watch(agent: &Agent, client: &mut Client<'_>) -> Result<(), Hangup> {
+    let Some(watch) = agent.registry.watch() else {
+        let message = format!("at most {} watches at a time", limits::WATCHES_MAX);
+        return client.send(&Reply::error(ErrorCode::ResourceExhausted, message, None));
+    };
+    for event in watch.present {
+        client.send(&Reply::Event(event))?;
+    }
+    client.send(&Reply::Heartbeat { time: Timestamp::now(), revision: watch.revision })?;
+    let mut quiet = Stopwatch::start();
+    while !client.is_stopping() {
+        // In slices, so that stopping is noticed.
+        match watch.events.recv_timeout(Duration::from_millis(limits::LOG_FOLLOW_MS)) {
+            Ok(event) => {
+                client.send(&Reply::Event((*event).clone()))?;
+                quiet = Stopwatch::start();
+            }
+            Err(RecvTimeoutError::Timeout) if quiet.elapsed_ms() >= limits::HEARTBEAT_MS => {
+                client.send(&heartbeat(agent))?;
+                quiet = Stopwatch::start();
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => {
+                let message = format!("this watch fell behind by more than {} events; begin again", limits::WATCH_EVENTS_MAX);
+                client.send(&Reply::error(ErrorCode::ResourceExhausted, message, None))?;
+                return Err(Hangup);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The node, as it is now.
+fn describe(agent: &Agent) -> Node {
+    let classes = agent.node.classes();
+    let several = agent.node.endpoints.len() > 1;
+    let mut conditions = Vec::new();
+    let mut oldest: Option<Timestamp> = None;
+    for endpoint in &agent.node.endpoints {
+        let health = endpoint.health();
+        let at = if several { format!(" ({})", endpoint.client.endpoint().display()) } else { String::new() };
+        let answers = health.error.is_none() && health.listed_at.is_some();
+        let message = health.error.unwrap_or_else(|| if answers { "answers".into() } else { "not listed yet".into() });
+        conditions.push(Condition { r#type: format!("RuntimeAnswers{at}"), ok: answers, message });
+        conditions.extend(health.conditions.into_iter().map(|c| Condition { r#type: format!("{}{at}", c.r#type), ..c }));
+        oldest = match (oldest, health.listed_at) {
+            (Some(a), Some(b)) => Some(a.min(b)),
+            (a, b) => a.or(b),
+        };
+    }
+    let overhead = |name: &crate::workload::Name| classes.iter().find(|(c, ..)| c.name == *name).map_or(0, |(c, ..)| c.overhead_mb);
+    let allocated = agent.registry.allocated(overhead);
+    let body = |(class, endpoint, available): &(Class, std::sync::Arc<node::Endpoint>, Option<bool>)| ClassBody {
+        name: class.name.to_string(),
+        handler: class.handler.clone(),
+        own_kernel: class.own_kernel,
+        available: *available,
+        overhead_mb: class.overhead_mb,
+        memory_mb_min: class.memory_mb_min,
+        runtime: endpoint.health().runtime,
+    };
+    Node {
+        node_id: agent.registry.node().to_string(),
+        ready: conditions.iter().all(|c| c.ok) && !classes.is_empty() && !agent.is_stopping(),
+        conditions,
+        runtime_classes: classes.iter().map(body).collect(),
+        capacity: agent.node.capacity,
+        allocated,
+        labels: api::text_map(&agent.labels),
+        version: env!("CARGO_PKG_VERSION").into(),
+        host_kernel: agent.registry.host_kernel().unwrap_or_default().to_owned(),
+        started_at: agent.node.started_at,
+        observed_at: oldest,
+    }
+}

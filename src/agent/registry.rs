@@ -1,0 +1,917 @@
+//! What this agent knows: every workload, its state, what is wanted of it and who is at work on it.
+//!
+//! All changes go through here, under one lock and without I/O; work in flight is a ticket, and each workload has at most one.
+//! Whatever a workload needs done next is derived from its entry ([`Entry::chore`]), never remembered elsewhere, so that a lost
+//! wake-up costs time, not work.
+//!
+//! Invariant: `entries.len() <= AGENT_WORKLOADS_MAX`.
+//! Invariant: a terminal state never changes; an exit code once known never changes.
+//! Invariant: `revision` grows with every change that a watcher sees.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, Sender, bounded};
+
+use crate::cri::runtime::{Class, Ending, Observed, Progress, Seen, StartError, Started};
+use crate::deadline::{Deadline, Stopwatch, Timestamp};
+use crate::limits;
+use crate::report::clip;
+use crate::wire::agent::{Event, EventKind, Object, Resources, Until};
+use crate::wire::status::{Isolation, Status, Timings};
+use crate::wire::workload::to_map;
+use crate::workload::{Name, Phase, Reason, State, Workload, WorkloadId};
+
+/// All workloads of this agent.
+pub struct Registry {
+    node: Name,
+    host_kernel: Option<String>,
+    inner: Mutex<Inner>,
+    changed: Condvar,
+    queues: Queues,
+}
+
+/// Where chores wait for a worker. A full queue refuses; the reconcile loop offers the chore again.
+pub struct Queues {
+    /// Starts.
+    pub starts: Sender<WorkloadId>,
+    /// Stops and removals.
+    pub ends: Sender<WorkloadId>,
+    /// Own-kernel probes.
+    pub probes: Sender<WorkloadId>,
+}
+
+#[derive(Default)]
+struct Inner {
+    entries: BTreeMap<WorkloadId, Entry>,
+    revision: u64,
+    watchers: Vec<Watcher>,
+}
+
+struct Watcher {
+    events: Sender<Arc<Event>>,
+    /// Dead when the watch is over.
+    alive: Weak<()>,
+}
+
+/// Everything as it was when the watch began, and every change since.
+pub struct Watch {
+    /// An `ADDED` for each workload.
+    pub present: Vec<Event>,
+    /// Of the last change before the watch.
+    pub revision: u64,
+    /// Disconnected when its reader fell behind by more than `WATCH_EVENTS_MAX`.
+    pub events: Receiver<Arc<Event>>,
+    _alive: Arc<()>,
+}
+
+struct Entry {
+    workload: Arc<Workload>,
+    /// The values of the environment are known; they are not after an adoption.
+    is_env_known: bool,
+    state: State,
+    status: Status,
+    wanted: Wanted,
+    work: Work,
+    probe: Probe,
+    /// The sandbox and container of a start that worked.
+    made: Option<Made>,
+    /// Set when nobody wants a start in flight any more.
+    cancel: Arc<AtomicBool>,
+    accepted: Stopwatch,
+    start_deadline: Deadline,
+    /// When a chore that failed may be tried again, and how often it failed.
+    retry: Option<Deadline>,
+    failures: u32,
+    /// When its time to live is over.
+    ttl: Option<Deadline>,
+    /// The registry's revision at its last change.
+    version: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Made {
+    sandbox_id: String,
+    container_id: String,
+    /// The sandbox was stopped; only its record is left at the runtime.
+    retired: bool,
+}
+
+/// What is wanted of a workload.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Wanted {
+    Delete,
+    Run,
+    Stop { reason: Reason, message: Option<String> },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Work {
+    Doing,
+    Idle,
+    Queued(Chore),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Probe {
+    Due,
+    /// Answered, not needed, or given up.
+    Over,
+    Queued,
+}
+
+/// What a workload needs done next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Chore {
+    /// Remove what is left at the runtime and on disk, and forget it.
+    Remove,
+    /// Stop the sandbox of a workload that ended: frees its network, its memory and its processes.
+    Retire,
+    /// Start it.
+    Start,
+    /// Stop its container.
+    Stop,
+}
+
+impl Entry {
+    fn chore(&self) -> Option<Chore> {
+        if self.retry.is_some_and(|retry| retry.left().is_ok()) {
+            return None;
+        }
+        let is_running = self.state == State::Running;
+        match &self.wanted {
+            Wanted::Delete | Wanted::Stop { .. } if is_running => Some(Chore::Stop),
+            Wanted::Delete => Some(Chore::Remove),
+            Wanted::Run if self.state == State::Pending => Some(Chore::Start),
+            Wanted::Run | Wanted::Stop { .. } => {
+                let retires = self.state.is_terminal() && self.made.as_ref().is_some_and(|m| !m.retired);
+                retires.then_some(Chore::Retire)
+            }
+        }
+    }
+
+    fn object(&self) -> Object {
+        Object { spec: to_map(&self.workload), state: self.state, status: Box::new(self.status.clone()) }
+    }
+
+    /// Moves to another state, if the state machine allows.
+    fn become_state(&mut self, next: State) {
+        if self.state.may_become(next) {
+            self.state = next;
+        } else {
+            log::error!("workload {}: {} may not become {next}", self.workload.id, self.state);
+        }
+    }
+
+    /// The workload is over. The first cause wins.
+    fn end(&mut self, state: State, reason: Reason, message: Option<String>, finished_at: Option<Timestamp>) {
+        if self.state.is_terminal() {
+            return;
+        }
+        self.become_state(state);
+        self.status.reason = Some(reason);
+        self.status.message = message;
+        self.status.phase = None;
+        self.status.finished_at = finished_at.or_else(|| Some(Timestamp::now()));
+        self.status.observed_at = Timestamp::now();
+        self.ttl = None;
+        self.retry = None;
+        self.failures = 0;
+        self.probe = Probe::Over;
+    }
+
+    fn ended(&mut self, ending: Ending) {
+        let Ending { exit_code, oom_killed, message, started_at, finished_at } = ending;
+        if self.state.is_terminal() {
+            return;
+        }
+        self.status.exit_code = exit_code;
+        self.status.oom_killed = oom_killed;
+        self.status.started_at = self.status.started_at.or(started_at);
+        let said = Some(message).filter(|m| !m.is_empty());
+        let (reason, message) = match &self.wanted {
+            _ if oom_killed => (Reason::OomKilled, said),
+            Wanted::Stop { reason, message } => (*reason, message.clone().or(said)),
+            Wanted::Delete => (Reason::Stopped, said),
+            Wanted::Run if exit_code == Some(0) => (Reason::Completed, said),
+            Wanted::Run => (Reason::Error, said.or_else(|| exit_code.is_none().then(|| "the runtime does not know the exit code".into()))),
+        };
+        let succeeded = exit_code == Some(0) && matches!(reason, Reason::Completed | Reason::Stopped);
+        self.end(if succeeded { State::Succeeded } else { State::Failed }, reason, message, finished_at);
+    }
+
+    fn fail_chore(&mut self, message: String) {
+        self.failures = self.failures.saturating_add(1);
+        // 250 ms doubling to 16 s: a runtime that restarts is back in a second or two.
+        let ms = 250u64 << self.failures.saturating_sub(1).min(6);
+        self.retry = Some(Deadline::within_ms(ms, "retry"));
+        self.status.last_error = Some(clip(message, limits::MESSAGE_BYTES_MAX));
+    }
+}
+
+/// How an `accept` was answered.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// The id is taken by another workload.
+    Differs,
+    /// The id's former workload is still being deleted.
+    Leaving,
+    /// There are as many workloads as one agent keeps.
+    Full,
+}
+
+/// An entry as the reconcile loop sees it, before it lists what the runtime has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Known {
+    /// Which.
+    pub id: WorkloadId,
+    /// Changes whenever the entry does.
+    pub version: u64,
+    /// Where it stands.
+    pub state: State,
+    /// Of its present or last sandbox.
+    pub attempt: u32,
+    /// Its sandbox and container, where a start worked.
+    pub made: Option<(String, String)>,
+    /// The handler its class asks for.
+    pub class: Name,
+    /// Somebody is at work on it.
+    pub is_busy: bool,
+}
+
+impl Registry {
+    /// An empty registry of this node.
+    pub fn new(node: Name, host_kernel: Option<String>, queues: Queues) -> Self {
+        Self { node, host_kernel, inner: Mutex::default(), changed: Condvar::new(), queues }
+    }
+
+    /// This node.
+    pub fn node(&self) -> &Name {
+        &self.node
+    }
+
+    /// The node's kernel release.
+    pub fn host_kernel(&self) -> Option<&str> {
+        self.host_kernel.as_deref()
+    }
+
+    /// Accepts a workload, or finds that it is here already.
+    ///
+    /// # Errors
+    /// [`Refusal`].
+    pub fn accept(&self, workload: Workload) -> Result<(State, Status), Refusal> {
+        let mut inner = self.lock();
+        if let Some(entry) = inner.entries.get_mut(&workload.id) {
+            if entry.wanted == Wanted::Delete {
+                return Err(Refusal::Leaving);
+            }
+            if !is_same(entry, &workload) {
+                return Err(Refusal::Differs);
+            }
+            if !entry.is_env_known {
+                entry.workload = Arc::new(workload);
+                entry.is_env_known = true;
+            }
+            return Ok((entry.state, entry.status.clone()));
+        }
+        if inner.entries.len() >= limits::AGENT_WORKLOADS_MAX {
+            return Err(Refusal::Full);
+        }
+        let id = workload.id.clone();
+        let entry = Entry {
+            start_deadline: Deadline::within_ms(workload.spec.start_deadline_ms, "start"),
+            workload: Arc::new(workload),
+            is_env_known: true,
+            state: State::Pending,
+            status: Status::accepted(Some(self.node.to_string())),
+            wanted: Wanted::Run,
+            work: Work::Idle,
+            probe: Probe::Over,
+            made: None,
+            cancel: Arc::default(),
+            accepted: Stopwatch::start(),
+            retry: None,
+            failures: 0,
+            ttl: None,
+            version: 0,
+        };
+        let answer = (entry.state, entry.status.clone());
+        inner.entries.insert(id.clone(), entry);
+        self.publish(&mut inner, &id, EventKind::Added);
+        Ok(answer)
+    }
+
+    /// Takes up a workload that the runtime has and we do not know: from before this agent started.
+    pub fn adopt(&self, workload: Workload, seen: &Seen, class: Option<&Class>, observed: Observed) {
+        let mut inner = self.lock();
+        if inner.entries.contains_key(&workload.id) {
+            return;
+        }
+        let id = workload.id.clone();
+        let mut status = Status::accepted(Some(self.node.to_string()));
+        status.created_at = seen.created_at.unwrap_or(status.created_at);
+        status.attempt = seen.attempt;
+        status.sandbox_id = Some(seen.sandbox_id.clone());
+        status.handler = Some(seen.handler.clone());
+        let container_id = seen.container.as_ref().map(|c| c.id.clone()).unwrap_or_default();
+        status.container_id = Some(container_id.clone());
+        let own_kernel = class.is_none_or(|c| c.own_kernel);
+        status.isolation = self.isolation(&seen.handler, own_kernel);
+        let mut entry = Entry {
+            start_deadline: Deadline::within_ms(workload.spec.start_deadline_ms, "start"),
+            is_env_known: workload.spec.env.is_empty(),
+            // The time to live begins anew: the agent that counted is gone, and the wall clock is not to be trusted with it.
+            ttl: workload.spec.ttl_ms.map(|ms| Deadline::within_ms(ms, "ttl")),
+            workload: Arc::new(workload),
+            state: State::Running,
+            status,
+            wanted: Wanted::Run,
+            work: Work::Idle,
+            probe: if own_kernel { Probe::Due } else { Probe::Over },
+            made: Some(Made { sandbox_id: seen.sandbox_id.clone(), container_id, retired: false }),
+            cancel: Arc::default(),
+            accepted: Stopwatch::start(),
+            retry: None,
+            failures: 0,
+            version: 0,
+        };
+        match observed {
+            Observed::Running(since) => entry.status.started_at = since,
+            Observed::Ended(ending) => entry.ended(ending),
+            Observed::Created | Observed::Unknown => {}
+        }
+        inner.entries.insert(id.clone(), entry);
+        self.publish(&mut inner, &id, EventKind::Added);
+    }
+
+    /// Asks for a workload's end. A workload that does not run yet ends at once.
+    pub fn want_stop(&self, id: &WorkloadId, reason: Reason, message: Option<String>) -> Option<(State, Status)> {
+        let mut inner = self.lock();
+        let entry = inner.entries.get_mut(id)?;
+        if entry.wanted == Wanted::Run && !entry.state.is_terminal() {
+            entry.wanted = Wanted::Stop { reason, message: message.clone() };
+            entry.retry = None;
+            entry.cancel.store(true, Ordering::SeqCst);
+            if entry.state == State::Pending && entry.work != Work::Doing {
+                entry.work = Work::Idle;
+                entry.end(State::Failed, reason, message.or_else(|| Some("stopped before it ran".into())), None);
+            } else {
+                entry.status.phase = Some(Phase::Stopping);
+            }
+            self.publish(&mut inner, id, EventKind::Modified);
+        }
+        inner.entries.get(id).map(|entry| (entry.state, entry.status.clone()))
+    }
+
+    /// Asks for a workload to be removed and forgotten; whether there is one.
+    pub fn want_delete(&self, id: &WorkloadId) -> bool {
+        let mut inner = self.lock();
+        let Some(entry) = inner.entries.get_mut(id) else { return false };
+        if entry.wanted != Wanted::Delete {
+            entry.wanted = Wanted::Delete;
+            entry.retry = None;
+            entry.cancel.store(true, Ordering::SeqCst);
+            entry.status.phase = Some(Phase::Stopping);
+            if matches!(entry.work, Work::Queued(_)) {
+                // What it waits for is not what it needs any more; a stale place in a queue is passed over.
+                entry.work = Work::Idle;
+            }
+            self.publish(&mut inner, id, EventKind::Modified);
+        }
+        true
+    }
+
+    /// A worker takes up a start; `None` when there is nothing to start any more.
+    pub fn begin_start(&self, id: &WorkloadId) -> Option<StartTicket<'_>> {
+        let mut inner = self.lock();
+        let entry = self.begin(&mut inner, id, &[Chore::Start])?.1;
+        Some(StartTicket {
+            registry: self,
+            id: id.clone(),
+            workload: Arc::clone(&entry.workload),
+            attempt: entry.status.attempt,
+            cancel: Arc::clone(&entry.cancel),
+            deadline: entry.start_deadline,
+            is_over: false,
+        })
+    }
+
+    /// A worker takes up whatever ends a workload; `None` when there is nothing to do any more.
+    pub fn begin_end(&self, id: &WorkloadId) -> Option<EndTicket<'_>> {
+        let mut inner = self.lock();
+        let (chore, entry) = self.begin(&mut inner, id, &[Chore::Stop, Chore::Retire, Chore::Remove])?;
+        Some(EndTicket {
+            registry: self,
+            id: id.clone(),
+            chore,
+            class: entry.workload.runtime_class.clone(),
+            sandbox_id: entry.status.sandbox_id.clone(),
+            container_id: entry.made.as_ref().map(|m| m.container_id.clone()),
+            grace_ms: entry.workload.spec.stop_grace_ms,
+            is_over: false,
+        })
+    }
+
+    /// The container to probe, and its class; `None` when the workload does not run any more.
+    pub fn begin_probe(&self, id: &WorkloadId) -> Option<(Name, String)> {
+        let mut inner = self.lock();
+        let entry = inner.entries.get_mut(id)?;
+        if entry.probe != Probe::Queued || entry.state != State::Running || entry.wanted != Wanted::Run {
+            return None;
+        }
+        entry.made.as_ref().map(|m| (entry.workload.runtime_class.clone(), m.container_id.clone()))
+    }
+
+    /// Records what the guest answered: its kernel release, or that its image has nothing to answer with.
+    /// A guest on the host's own kernel is stopped: its class promised another.
+    pub fn finish_probe(&self, id: &WorkloadId, kernel: Option<String>) {
+        let mut mismatch = None;
+        {
+            let mut inner = self.lock();
+            let Some(entry) = inner.entries.get_mut(id) else { return };
+            if entry.state != State::Running {
+                return;
+            }
+            entry.probe = Probe::Over;
+            let isolation = &mut entry.status.isolation;
+            match (&kernel, &self.host_kernel) {
+                (Some(guest), Some(host)) if guest == host => {
+                    isolation.verified = Some(false);
+                    mismatch = Some(format!("the guest answered with the host's own kernel, {host}"));
+                }
+                (Some(_), Some(_)) => isolation.verified = Some(true),
+                (Some(_), None) => isolation.message = Some("the host's kernel release is unknown".into()),
+                (None, _) => isolation.message = Some("the image has no uname or cat to answer the probe with".into()),
+            }
+            isolation.kernel = kernel;
+            self.publish(&mut inner, id, EventKind::Modified);
+        }
+        if let Some(message) = mismatch {
+            log::error!("workload {id}: {message}; it is stopped");
+            self.want_stop(id, Reason::IsolationMismatch, Some(message));
+        }
+    }
+
+    /// The probe got no answer; it is tried again while the workload runs.
+    pub fn retry_probe(&self, id: &WorkloadId) {
+        if let Some(entry) = self.lock().entries.get_mut(id) {
+            if entry.probe == Probe::Queued {
+                entry.probe = Probe::Due;
+            }
+        }
+    }
+
+    /// Applies what the runtime says of a container of ours.
+    pub fn observe(&self, id: &WorkloadId, container_id: &str, observed: Observed) {
+        let mut inner = self.lock();
+        let Some(entry) = inner.entries.get_mut(id) else { return };
+        if entry.made.as_ref().is_none_or(|m| m.container_id != container_id) || entry.state != State::Running {
+            return;
+        }
+        match observed {
+            Observed::Ended(ending) => {
+                entry.ended(ending);
+                self.publish(&mut inner, id, EventKind::Modified);
+            }
+            Observed::Running(_) => entry.status.observed_at = Timestamp::now(),
+            Observed::Created | Observed::Unknown => {}
+        }
+    }
+
+    /// The runtime has no such sandbox or container any more. Ignored when the entry changed since `version`.
+    pub fn vanished(&self, id: &WorkloadId, version: u64) {
+        let mut inner = self.lock();
+        let Some(entry) = inner.entries.get_mut(id) else { return };
+        if entry.version != version || entry.state != State::Running {
+            return;
+        }
+        let message = Some("the runtime does not have its sandbox any more".to_owned());
+        match entry.wanted.clone() {
+            Wanted::Stop { reason, message: why } => entry.end(State::Failed, reason, why.or(message), None),
+            Wanted::Delete | Wanted::Run => entry.end(State::Failed, Reason::SandboxDied, message, None),
+        }
+        self.publish(&mut inner, id, EventKind::Modified);
+    }
+
+    /// Ends what ran out of time, and offers every open chore to the workers again. Returns when it should be called next.
+    pub fn tick(&self) -> Option<Duration> {
+        let (mut ttls, mut next) = (Vec::new(), None::<Duration>);
+        let mut inner = self.lock();
+        let ids: Vec<WorkloadId> = inner.entries.keys().cloned().collect();
+        for id in ids {
+            let Some(entry) = inner.entries.get_mut(&id) else { continue };
+            if entry.ttl.is_some_and(|ttl| ttl.left().is_err()) && entry.wanted == Wanted::Run {
+                ttls.push(id.clone());
+            }
+            let is_late = entry.state == State::Pending && entry.work != Work::Doing && entry.start_deadline.left().is_err();
+            if is_late && entry.wanted == Wanted::Run {
+                entry.work = Work::Idle;
+                let cause = entry.status.last_error.clone();
+                let message = cause.unwrap_or_else(|| "start deadline passed while it waited for a worker".into());
+                entry.end(State::Failed, Reason::StartDeadlineExceeded, Some(message), None);
+                self.publish(&mut inner, &id, EventKind::Modified);
+                continue;
+            }
+            let waits = [entry.ttl, entry.retry, (entry.state == State::Pending).then_some(entry.start_deadline)];
+            next = waits.into_iter().flatten().filter_map(|d| d.left().ok()).chain(next).min();
+            self.assign(&mut inner, &id);
+        }
+        drop(inner);
+        for id in ttls {
+            self.want_stop(&id, Reason::TtlExpired, Some("its time to live was over".into()));
+        }
+        next
+    }
+
+    /// A workload's state and status.
+    pub fn status(&self, id: &WorkloadId) -> Option<(State, Status)> {
+        self.lock().entries.get(id).map(|entry| (entry.state, entry.status.clone()))
+    }
+
+    /// A running workload's class and container, and how old the knowledge is.
+    pub fn container(&self, id: &WorkloadId) -> Option<(State, Name, Option<String>, Timestamp)> {
+        let inner = self.lock();
+        let entry = inner.entries.get(id)?;
+        let container_id = entry.made.as_ref().map(|m| m.container_id.clone());
+        Some((entry.state, entry.workload.runtime_class.clone(), container_id, entry.status.observed_at))
+    }
+
+    /// The workload that has this container.
+    pub fn find_container(&self, container_id: &str) -> Option<WorkloadId> {
+        let inner = self.lock();
+        let has = |entry: &&Entry| entry.made.as_ref().is_some_and(|m| m.container_id == container_id);
+        inner.entries.values().find(has).map(|entry| entry.workload.id.clone())
+    }
+
+    /// Waits until a workload is in such a state, gone, or the time is up; then as [`Registry::status`].
+    pub fn wait(&self, id: &WorkloadId, until: Until, deadline: Deadline, stopping: &AtomicBool) -> Option<(State, Status)> {
+        let mut inner = self.lock();
+        loop {
+            let entry = inner.entries.get(id)?;
+            let left = deadline.left();
+            if until.is_reached(entry.state) || left.is_err() || stopping.load(Ordering::SeqCst) {
+                return Some((entry.state, entry.status.clone()));
+            }
+            inner = self.wait_changed(inner, left.unwrap_or_default());
+        }
+    }
+
+    /// Waits until a workload is gone; whether it is.
+    pub fn wait_gone(&self, id: &WorkloadId, deadline: Deadline, stopping: &AtomicBool) -> bool {
+        let mut inner = self.lock();
+        loop {
+            let Ok(left) = deadline.left() else { return !inner.entries.contains_key(id) };
+            if !inner.entries.contains_key(id) {
+                return true;
+            }
+            if stopping.load(Ordering::SeqCst) {
+                return false;
+            }
+            inner = self.wait_changed(inner, left);
+        }
+    }
+
+    /// Workloads behind `after` in the order of their ids, and whether there are more.
+    pub fn page(&self, after: Option<&WorkloadId>, limit: usize) -> (Vec<Object>, bool) {
+        use std::ops::Bound;
+        let inner = self.lock();
+        let from = after.map_or(Bound::Unbounded, Bound::Excluded);
+        let mut rest = inner.entries.range::<WorkloadId, _>((from, Bound::Unbounded)).map(|(_, entry)| entry);
+        let page = rest.by_ref().take(limit).map(Entry::object).collect();
+        (page, rest.next().is_some())
+    }
+
+    /// Everything as it is, and every change from then on; `None` when there are `WATCHES_MAX` already.
+    pub fn watch(&self) -> Option<Watch> {
+        let mut inner = self.lock();
+        inner.watchers.retain(|watcher| watcher.alive.strong_count() > 0);
+        if inner.watchers.len() >= limits::WATCHES_MAX {
+            return None;
+        }
+        let (sender, events) = bounded(limits::WATCH_EVENTS_MAX);
+        let alive = Arc::new(());
+        inner.watchers.push(Watcher { events: sender, alive: Arc::downgrade(&alive) });
+        let revision = inner.revision;
+        let added = |entry: &Entry| Event { revision, event: EventKind::Added, object: entry.object() };
+        let present = inner.entries.values().map(added).collect();
+        Some(Watch { present, revision, events, _alive: alive })
+    }
+
+    /// The revision of the last change.
+    pub fn revision(&self) -> u64 {
+        self.lock().revision
+    }
+
+    /// What all workloads that are not over take, overhead included.
+    pub fn allocated(&self, overhead_mb: impl Fn(&Name) -> u64) -> Resources {
+        let inner = self.lock();
+        let active = inner.entries.values().filter(|entry| !entry.state.is_terminal());
+        active.fold(Resources::default(), |sum, entry| Resources {
+            memory_mb: sum.memory_mb + entry.workload.spec.memory_mb + overhead_mb(&entry.workload.runtime_class),
+            cpu_millicores: sum.cpu_millicores + entry.workload.spec.cpu_millicores,
+            workloads: sum.workloads + 1,
+        })
+    }
+
+    /// Every entry, for comparison with what the runtime lists.
+    pub fn known(&self) -> Vec<Known> {
+        let inner = self.lock();
+        let known = |entry: &Entry| Known {
+            id: entry.workload.id.clone(),
+            version: entry.version,
+            state: entry.state,
+            attempt: entry.status.attempt,
+            made: entry.made.as_ref().map(|m| (m.sandbox_id.clone(), m.container_id.clone())),
+            class: entry.workload.runtime_class.clone(),
+            is_busy: entry.work == Work::Doing,
+        };
+        inner.entries.values().map(known).collect()
+    }
+
+    /// Whether there is such a workload.
+    pub fn contains(&self, id: &WorkloadId) -> bool {
+        self.lock().entries.contains_key(id)
+    }
+
+    /// Wakes everyone who waits, so that they see that the agent stops.
+    pub fn wake_all(&self) {
+        let _held = self.lock();
+        self.changed.notify_all();
+    }
+
+    fn isolation(&self, handler: &str, own_kernel: bool) -> Isolation {
+        Isolation {
+            // Without a kernel of its own to show, the verified handler is all that the class promises.
+            verified: if own_kernel { None } else { Some(true) },
+            handler: Some(handler.to_owned()),
+            kernel: None,
+            host_kernel: self.host_kernel.clone(),
+            message: None,
+        }
+    }
+
+    fn finish_start(&self, id: &WorkloadId, result: Result<(Started, bool), StartError>) {
+        let mut inner = self.lock();
+        let Some(entry) = inner.entries.get_mut(id) else { return };
+        entry.work = Work::Idle;
+        entry.status.observed_at = Timestamp::now();
+        match result {
+            Ok((started, own_kernel)) => {
+                let [pull, sandbox, create, start] = started.steps_ms.map(Some);
+                entry.become_state(State::Running);
+                entry.failures = 0;
+                entry.probe = if own_kernel { Probe::Due } else { Probe::Over };
+                entry.ttl = entry.workload.spec.ttl_ms.map(|ms| Deadline::within_ms(ms, "ttl"));
+                entry.made = Some(Made {
+                    sandbox_id: started.sandbox_id.clone(),
+                    container_id: started.container_id.clone(),
+                    retired: false,
+                });
+                let status = &mut entry.status;
+                status.reason = None;
+                status.message = None;
+                status.phase = if entry.wanted == Wanted::Run { None } else { Some(Phase::Stopping) };
+                status.sandbox_id = Some(started.sandbox_id);
+                status.container_id = Some(started.container_id);
+                status.image_digest = started.image_digest;
+                status.ip = started.ip;
+                status.isolation = self.isolation(&started.handler, own_kernel);
+                status.handler = Some(started.handler);
+                status.started_at = started.started_at;
+                status.timings_ms = Timings { pull, sandbox, create, start, total: Some(entry.accepted.elapsed_ms()) };
+            }
+            Err(error) if error.retriable && entry.wanted == Wanted::Run && entry.start_deadline.left().is_ok() => {
+                entry.status.attempt += 1;
+                entry.status.phase = None;
+                entry.status.reason = Some(error.reason);
+                entry.status.message.get_or_insert_with(|| error.message.clone());
+                entry.fail_chore(error.message);
+            }
+            Err(error) => {
+                let (reason, message) = match entry.wanted.clone() {
+                    Wanted::Stop { reason, message } => (reason, message.unwrap_or(error.message)),
+                    Wanted::Delete => (Reason::Stopped, error.message),
+                    Wanted::Run => (error.reason, error.message),
+                };
+                entry.end(State::Failed, reason, Some(message), None);
+            }
+        }
+        self.publish(&mut inner, id, EventKind::Modified);
+    }
+
+    fn finish_end(&self, id: &WorkloadId, result: Result<EndStep, String>) {
+        let mut inner = self.lock();
+        let Some(entry) = inner.entries.get_mut(id) else { return };
+        entry.work = Work::Idle;
+        match result {
+            Ok(EndStep::Ended(ending)) => {
+                entry.failures = 0;
+                entry.ended(ending);
+            }
+            Ok(EndStep::Gone) => {
+                entry.failures = 0;
+                let version = entry.version;
+                drop(inner);
+                return self.vanished(id, version);
+            }
+            Ok(EndStep::Removed) => {
+                self.publish(&mut inner, id, EventKind::Deleted);
+                inner.entries.remove(id);
+                drop(inner);
+                self.changed.notify_all();
+                return;
+            }
+            Ok(EndStep::Retired) => {
+                entry.failures = 0;
+                if let Some(made) = &mut entry.made {
+                    made.retired = true;
+                }
+                // Nothing a watcher sees has changed.
+                return self.assign(&mut inner, id);
+            }
+            Err(message) => entry.fail_chore(message),
+        }
+        self.publish(&mut inner, id, EventKind::Modified);
+    }
+
+    /// Counts a change, tells the watchers, wakes who waits, and hands out what the change calls for.
+    fn publish(&self, inner: &mut Inner, id: &WorkloadId, kind: EventKind) {
+        inner.revision += 1;
+        let revision = inner.revision;
+        if let Some(entry) = inner.entries.get_mut(id) {
+            entry.version = revision;
+            if !inner.watchers.is_empty() {
+                let event = Arc::new(Event { revision, event: kind, object: entry.object() });
+                // Dropping the sender of a watcher that is too slow, or gone, is how it learns.
+                inner.watchers.retain(|watcher| watcher.events.try_send(Arc::clone(&event)).is_ok());
+            }
+        }
+        self.assign(inner, id);
+        self.changed.notify_all();
+    }
+
+    /// Puts the entry's next chore into its queue.
+    fn assign(&self, inner: &mut Inner, id: &WorkloadId) {
+        let Some(entry) = inner.entries.get_mut(id) else { return };
+        if entry.probe == Probe::Due && entry.state == State::Running && self.queues.probes.try_send(id.clone()).is_ok() {
+            entry.probe = Probe::Queued;
+        }
+        if entry.work != Work::Idle {
+            return;
+        }
+        let Some(chore) = entry.chore() else { return };
+        let queue = match chore {
+            Chore::Start => &self.queues.starts,
+            Chore::Remove | Chore::Retire | Chore::Stop => &self.queues.ends,
+        };
+        if queue.try_send(id.clone()).is_ok() {
+            entry.work = Work::Queued(chore);
+        }
+    }
+
+    /// Takes up a chore from the queue these chores wait in, if it is still the right one.
+    fn begin<'a>(&self, inner: &'a mut Inner, id: &WorkloadId, chores: &[Chore]) -> Option<(Chore, &'a mut Entry)> {
+        let entry = inner.entries.get_mut(id)?;
+        // Anything else is a stale place in the queue: the entry waits elsewhere, or is being worked on.
+        if !matches!(entry.work, Work::Queued(queued) if chores.contains(&queued)) {
+            return None;
+        }
+        let Some(chore) = entry.chore().filter(|chore| chores.contains(chore)) else {
+            entry.work = Work::Idle;
+            self.assign(inner, id);
+            return None;
+        };
+        let entry = inner.entries.get_mut(id)?;
+        entry.work = Work::Doing;
+        Some((chore, entry))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        // Nothing that holds this lock can panic but by a bug that would show in any test; the data stays whole either way.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait_changed<'a>(&'a self, inner: MutexGuard<'a, Inner>, left: Duration) -> MutexGuard<'a, Inner> {
+        self.changed.wait_timeout(inner, left).unwrap_or_else(PoisonError::into_inner).0
+    }
+}
+
+/// Whether the same was asked for before. After an adoption the values of the environment are unknown, and only its names count.
+fn is_same(entry: &Entry, workload: &Workload) -> bool {
+    if entry.is_env_known {
+        return *entry.workload == *workload;
+    }
+    let mut known = (*entry.workload).clone();
+    let names_agree = known.spec.env.keys().eq(workload.spec.env.keys());
+    known.spec.env.clone_from(&workload.spec.env);
+    names_agree && known == *workload
+}
+
+/// A start in flight. Dropped unfinished, by a panic, it marks the workload failed.
+pub struct StartTicket<'a> {
+    registry: &'a Registry,
+    id: WorkloadId,
+    /// What to start.
+    pub workload: Arc<Workload>,
+    /// As which sandbox.
+    pub attempt: u32,
+    /// Until when.
+    pub deadline: Deadline,
+    cancel: Arc<AtomicBool>,
+    is_over: bool,
+}
+
+impl StartTicket<'_> {
+    /// Records the outcome; with a start that worked, whether its class has to show a kernel of its own.
+    pub fn finish(mut self, result: Result<(Started, bool), StartError>) {
+        self.is_over = true;
+        self.registry.finish_start(&self.id, result);
+    }
+}
+
+impl Progress for StartTicket<'_> {
+    fn enter(&self, phase: Phase) {
+        let mut inner = self.registry.lock();
+        if let Some(entry) = inner.entries.get_mut(&self.id) {
+            if entry.wanted == Wanted::Run {
+                entry.status.phase = Some(phase);
+                self.registry.publish(&mut inner, &self.id, EventKind::Modified);
+            }
+        }
+    }
+
+    fn sandbox(&self, sandbox_id: &str) {
+        if let Some(entry) = self.registry.lock().entries.get_mut(&self.id) {
+            entry.status.sandbox_id = Some(sandbox_id.to_owned());
+        }
+    }
+
+    fn is_cancelled(&self) -> bool {
+        self.cancel.load(Ordering::SeqCst)
+    }
+}
+
+impl Drop for StartTicket<'_> {
+    fn drop(&mut self) {
+        if !self.is_over {
+            let message = "the agent failed while it started the workload; its log says more".to_owned();
+            self.registry.finish_start(&self.id, Err(StartError { reason: Reason::CreateFailed, message, retriable: false }));
+        }
+    }
+}
+
+/// An end in flight. Dropped unfinished, it is tried again.
+pub struct EndTicket<'a> {
+    registry: &'a Registry,
+    id: WorkloadId,
+    /// What to do.
+    pub chore: Chore,
+    /// The workload's class.
+    pub class: Name,
+    /// Its sandbox, where one was made.
+    pub sandbox_id: Option<String>,
+    /// Its container, where a start worked.
+    pub container_id: Option<String>,
+    /// Between the polite signal and the kill, milliseconds.
+    pub grace_ms: u64,
+    is_over: bool,
+}
+
+/// What a worker brought about.
+#[derive(Debug)]
+pub enum EndStep {
+    /// The container ended.
+    Ended(Ending),
+    /// The runtime has no such container.
+    Gone,
+    /// Sandbox, container and logs are removed.
+    Removed,
+    /// The sandbox is stopped.
+    Retired,
+}
+
+impl EndTicket<'_> {
+    /// Whose.
+    pub fn id(&self) -> &WorkloadId {
+        &self.id
+    }
+
+    /// Records the outcome; a failure, in words, is tried again.
+    pub fn finish(mut self, result: Result<EndStep, String>) {
+        self.is_over = true;
+        self.registry.finish_end(&self.id, result);
+    }
+}
+
+impl Drop for EndTicket<'_> {
+    fn drop(&mut self) {
+        if !self.is_over {
+            self.registry.finish_end(&self.id, Err("the agent failed while it ended the workload; its log says more".into()));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

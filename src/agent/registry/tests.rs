@@ -1,0 +1,340 @@
+use super::*;
+use crate::workload::ImageRef;
+use serde_json::json;
+
+struct House {
+    registry: Registry,
+    starts: Receiver<WorkloadId>,
+    ends: Receiver<WorkloadId>,
+    probes: Receiver<WorkloadId>,
+}
+
+fn house() -> House {
+    let (s, starts) = bounded(8);
+    let (e, ends) = bounded(8);
+    let (p, probes) = bounded(8);
+    let node = Name::new("node-1").expect("valid");
+    let queues = Queues { starts: s, ends: e, probes: p };
+    House { registry: Registry::new(node, Some("6.0-host".into()), queues), starts, ends, probes }
+}
+
+fn id() -> WorkloadId {
+    WorkloadId::new("wl-1").expect("valid")
+}
+
+fn workload(fields: serde_json::Value) -> Workload {
+    let mut value = json!({"id": "wl-1", "image": "busybox", "runtime_class": "gvisor"});
+    value.as_object_mut().expect("an object").extend(fields.as_object().expect("an object").clone());
+    let mut problems = crate::wire::Problems::default();
+    crate::wire::workload::complete(value, "", &mut problems).unwrap_or_else(|| panic!("{problems}"))
+}
+
+fn started() -> Started {
+    Started {
+        sandbox_id: "s".into(),
+        container_id: "c".into(),
+        handler: "runsc".into(),
+        ip: None,
+        image_digest: None,
+        started_at: Timestamp::from_nanos(1_000_000),
+        steps_ms: [0, 1, 2, 3],
+    }
+}
+
+fn ending(exit_code: Option<i32>, oom_killed: bool) -> Observed {
+    Observed::Ended(Ending { exit_code, oom_killed, message: String::new(), started_at: None, finished_at: None })
+}
+
+fn failure(reason: Reason, retriable: bool) -> StartError {
+    StartError { reason, message: "because".into(), retriable }
+}
+
+/// A house with one workload that runs.
+fn running(fields: serde_json::Value, own_kernel: bool) -> House {
+    let house = house();
+    house.registry.accept(workload(fields)).expect("accepted");
+    let queued = house.starts.try_recv().expect("queued");
+    let ticket = house.registry.begin_start(&queued).expect("to be started");
+    ticket.finish(Ok((started(), own_kernel)));
+    assert_eq!(state(&house), State::Running);
+    house
+}
+
+fn state(house: &House) -> State {
+    house.registry.status(&id()).expect("known").0
+}
+
+fn reason(house: &House) -> Option<Reason> {
+    house.registry.status(&id()).expect("known").1.reason
+}
+
+#[test]
+fn the_same_workload_is_accepted_once_and_another_refused() {
+    let house = house();
+    house.registry.accept(workload(json!({"env": {"A": "1"}}))).expect("accepted");
+    assert_eq!(house.registry.accept(workload(json!({"env": {"A": "1"}}))).map(|(state, _)| state), Ok(State::Pending));
+    assert_eq!(house.registry.accept(workload(json!({"env": {"A": "2"}}))).map(|_| ()), Err(Refusal::Differs));
+    assert_eq!(house.starts.len(), 1, "one start is queued");
+}
+
+#[test]
+fn a_start_runs_once_however_often_it_is_queued() {
+    let house = house();
+    house.registry.accept(workload(json!({}))).expect("accepted");
+    let ticket = house.registry.begin_start(&id()).expect("to be started");
+    assert!(house.registry.begin_start(&id()).is_none(), "a second worker finds nothing to do");
+    ticket.finish(Ok((started(), false)));
+    assert!(house.registry.begin_start(&id()).is_none());
+}
+
+#[test]
+fn a_ticket_that_is_dropped_marks_the_workload_failed() {
+    let house = house();
+    house.registry.accept(workload(json!({}))).expect("accepted");
+    drop(house.registry.begin_start(&id()).expect("to be started"));
+    assert_eq!((state(&house), reason(&house)), (State::Failed, Some(Reason::CreateFailed)));
+}
+
+#[test]
+fn what_ended_says_how_and_its_sandbox_is_retired() {
+    let check = |observed: Observed, expected: (State, Reason, Option<i32>)| {
+        let house = running(json!({}), false);
+        house.registry.observe(&id(), "c", observed);
+        let (state, status) = house.registry.status(&id()).expect("known");
+        assert_eq!((state, status.reason, status.exit_code), (expected.0, Some(expected.1), expected.2));
+        house.ends.try_recv().expect("to be retired");
+        let ticket = house.registry.begin_end(&id()).expect("to be retired");
+        assert_eq!(ticket.chore, Chore::Retire);
+        ticket.finish(Ok(EndStep::Retired));
+        assert!(house.ends.is_empty(), "nothing more to do");
+    };
+    check(ending(Some(0), false), (State::Succeeded, Reason::Completed, Some(0)));
+    check(ending(Some(3), false), (State::Failed, Reason::Error, Some(3)));
+    check(ending(Some(137), false), (State::Failed, Reason::Error, Some(137)));
+    check(ending(Some(137), true), (State::Failed, Reason::OomKilled, Some(137)));
+    check(ending(None, false), (State::Failed, Reason::Error, None));
+}
+
+#[test]
+fn terminal_never_changes() {
+    let house = running(json!({}), false);
+    house.registry.observe(&id(), "c", ending(Some(3), false));
+    let before = house.registry.status(&id());
+    house.registry.observe(&id(), "c", ending(Some(0), false));
+    house.registry.want_stop(&id(), Reason::Stopped, None);
+    for known in house.registry.known() {
+        house.registry.vanished(&known.id, known.version);
+    }
+    assert_eq!(house.registry.status(&id()), before);
+}
+
+#[test]
+fn stopping_before_the_start_ends_at_once() {
+    let house = house();
+    house.registry.accept(workload(json!({}))).expect("accepted");
+    house.registry.want_stop(&id(), Reason::Stopped, None);
+    assert_eq!((state(&house), reason(&house)), (State::Failed, Some(Reason::Stopped)));
+    assert!(house.registry.begin_start(&id()).is_none(), "the queued start is passed over");
+}
+
+#[test]
+fn stopping_during_the_start_cancels_it() {
+    let house = house();
+    house.registry.accept(workload(json!({}))).expect("accepted");
+    let ticket = house.registry.begin_start(&id()).expect("to be started");
+    assert!(!ticket.is_cancelled());
+    house.registry.want_stop(&id(), Reason::Stopped, None);
+    assert!(ticket.is_cancelled());
+    assert_eq!(state(&house), State::Pending);
+    ticket.finish(Err(failure(Reason::Stopped, false)));
+    assert_eq!((state(&house), reason(&house)), (State::Failed, Some(Reason::Stopped)));
+}
+
+#[test]
+fn a_stop_that_comes_with_the_last_step_of_the_start_is_done_after_it() {
+    let house = house();
+    house.registry.accept(workload(json!({}))).expect("accepted");
+    let ticket = house.registry.begin_start(&id()).expect("to be started");
+    house.registry.want_stop(&id(), Reason::TtlExpired, None);
+    ticket.finish(Ok((started(), false)));
+    let ticket = house.registry.begin_end(&house.ends.try_recv().expect("queued")).expect("to be stopped");
+    assert_eq!((ticket.chore, ticket.container_id.as_deref()), (Chore::Stop, Some("c")));
+    let Observed::Ended(ending) = ending(Some(0), false) else { unreachable!() };
+    ticket.finish(Ok(EndStep::Ended(ending)));
+    assert_eq!((state(&house), reason(&house)), (State::Failed, Some(Reason::TtlExpired)), "a forced end is no success");
+}
+
+#[test]
+fn deleting_stops_then_removes_then_forgets() {
+    let house = running(json!({}), false);
+    assert!(house.registry.want_delete(&id()));
+    let stop = house.registry.begin_end(&id()).expect("to be stopped");
+    assert_eq!(stop.chore, Chore::Stop);
+    assert_eq!(house.registry.accept(workload(json!({}))).map(|_| ()), Err(Refusal::Leaving));
+    let Observed::Ended(ending) = ending(Some(143), false) else { unreachable!() };
+    stop.finish(Ok(EndStep::Ended(ending)));
+    let remove = house.registry.begin_end(&id()).expect("to be removed");
+    assert_eq!(remove.chore, Chore::Remove);
+    remove.finish(Ok(EndStep::Removed));
+    assert!(!house.registry.contains(&id()));
+    assert!(!house.registry.want_delete(&id()));
+}
+
+#[test]
+fn deleting_what_waits_in_the_start_queue_needs_no_start_worker() {
+    let house = house();
+    house.registry.accept(workload(json!({}))).expect("accepted");
+    house.registry.want_delete(&id());
+    let remove = house.registry.begin_end(&house.ends.try_recv().expect("queued")).expect("to be removed");
+    assert_eq!(remove.chore, Chore::Remove);
+    assert!(house.registry.begin_start(&house.starts.try_recv().expect("stale")).is_none());
+    remove.finish(Ok(EndStep::Removed));
+    assert!(!house.registry.contains(&id()));
+}
+
+#[test]
+fn a_failed_end_is_repeated_with_its_cause_shown() {
+    let house = running(json!({}), false);
+    house.registry.want_stop(&id(), Reason::Stopped, None);
+    house.registry.begin_end(&id()).expect("to be stopped").finish(Err("the runtime hangs".into()));
+    let (state, status) = house.registry.status(&id()).expect("known");
+    assert_eq!((state, status.last_error.as_deref()), (State::Running, Some("the runtime hangs")));
+    assert!(house.registry.begin_end(&id()).is_none(), "not before the pause is over");
+    let next = house.registry.tick().expect("a retry is due");
+    assert!(next <= Duration::from_millis(250), "{next:?}");
+}
+
+#[test]
+fn a_lost_runtime_means_another_attempt_and_a_refusal_means_the_end() {
+    let house = house();
+    house.registry.accept(workload(json!({}))).expect("accepted");
+    house.registry.begin_start(&id()).expect("to be started").finish(Err(failure(Reason::RuntimeUnavailable, true)));
+    let (state, status) = house.registry.status(&id()).expect("known");
+    assert_eq!((state, status.attempt, status.reason), (State::Pending, 1, Some(Reason::RuntimeUnavailable)));
+    let house = self::house();
+    house.registry.accept(workload(json!({}))).expect("accepted");
+    house.registry.begin_start(&id()).expect("to be started").finish(Err(failure(Reason::ImageNotFound, false)));
+    assert_eq!((self::state(&house), reason(&house)), (State::Failed, Some(Reason::ImageNotFound)));
+}
+
+#[test]
+fn a_probe_tells_kernels_apart() {
+    let check = |kernel: Option<&str>, verified: Option<bool>, stopped: bool| {
+        let house = running(json!({}), true);
+        let queued = house.probes.try_recv().expect("queued");
+        assert_eq!(house.registry.begin_probe(&queued).map(|(_, container)| container), Some("c".into()));
+        house.registry.finish_probe(&queued, kernel.map(str::to_owned));
+        let (_, status) = house.registry.status(&id()).expect("known");
+        assert_eq!(status.isolation.verified, verified, "{kernel:?}");
+        assert_eq!(status.isolation.message.is_some(), kernel.is_none());
+        assert_eq!(status.phase == Some(Phase::Stopping), stopped);
+    };
+    check(Some("4.4.0"), Some(true), false);
+    check(Some("6.0-host"), Some(false), true);
+    check(None, None, false);
+}
+
+#[test]
+fn without_a_kernel_of_its_own_the_handler_is_all_there_is_to_verify() {
+    let house = running(json!({}), false);
+    assert!(house.probes.is_empty());
+    assert_eq!(house.registry.status(&id()).expect("known").1.isolation.verified, Some(true));
+}
+
+#[test]
+fn a_stale_comparison_changes_nothing() {
+    let house = running(json!({}), false);
+    let version = house.registry.known()[0].version;
+    house.registry.want_stop(&id(), Reason::Stopped, None);
+    house.registry.vanished(&id(), version);
+    assert_eq!(state(&house), State::Running);
+    let version = house.registry.known()[0].version;
+    house.registry.vanished(&id(), version);
+    assert_eq!((state(&house), reason(&house)), (State::Failed, Some(Reason::Stopped)));
+}
+
+#[test]
+fn the_start_deadline_counts_the_time_in_the_queue() {
+    let house = house();
+    house.registry.accept(workload(json!({"start_deadline_ms": 1}))).expect("accepted");
+    let never = AtomicBool::new(false);
+    house.registry.wait(&id(), Until::Started, Deadline::within_ms(5, "test"), &never);
+    house.registry.tick();
+    assert_eq!((state(&house), reason(&house)), (State::Failed, Some(Reason::StartDeadlineExceeded)));
+}
+
+#[test]
+fn the_time_to_live_stops_a_workload() {
+    let house = running(json!({"ttl_ms": 1}), false);
+    let never = AtomicBool::new(false);
+    house.registry.wait(&id(), Until::Terminal, Deadline::within_ms(5, "test"), &never);
+    house.registry.tick();
+    assert_eq!(house.registry.begin_end(&id()).map(|t| t.chore), Some(Chore::Stop));
+}
+
+#[test]
+fn a_watch_sees_what_is_and_every_change_in_order() {
+    let house = house();
+    house.registry.accept(workload(json!({}))).expect("accepted");
+    let watch = house.registry.watch().expect("a place");
+    assert_eq!(watch.present.len(), 1);
+    house.registry.begin_start(&id()).expect("to be started").finish(Ok((started(), false)));
+    house.registry.want_delete(&id());
+    let events: Vec<_> = watch.events.try_iter().map(|e| (e.event, e.object.state, e.revision)).collect();
+    assert_eq!(events.iter().map(|e| (e.0, e.1)).collect::<Vec<_>>(), [
+        (EventKind::Modified, State::Running),
+        (EventKind::Modified, State::Running)
+    ]);
+    assert!(events.windows(2).all(|w| w[0].2 < w[1].2), "{events:?}");
+}
+
+#[test]
+fn a_watch_that_falls_behind_is_cut_off() {
+    let house = running(json!({}), false);
+    let watch = house.registry.watch().expect("a place");
+    for _ in 0..=limits::WATCH_EVENTS_MAX {
+        house.registry.finish_probe(&id(), None);
+    }
+    assert_eq!(watch.events.try_iter().count(), limits::WATCH_EVENTS_MAX);
+    assert!(watch.events.try_recv().is_err_and(|e| e.is_disconnected()));
+}
+
+#[test]
+fn an_adopted_workload_is_the_same_whatever_its_secrets() {
+    let house = house();
+    let seen = Seen {
+        workload: "wl-1".into(),
+        attempt: 2,
+        sandbox_id: "s".into(),
+        is_ready: true,
+        handler: "runsc".into(),
+        annotation: String::new(),
+        created_at: None,
+        container: Some(crate::cri::runtime::SeenContainer {
+            id: "c".into(),
+            state: crate::cri::proto::ContainerState::ContainerRunning,
+        }),
+    };
+    let known = workload(json!({"env": {"TOKEN": ""}}));
+    house.registry.adopt(known, &seen, None, Observed::Running(None));
+    assert_eq!((state(&house), house.registry.known()[0].attempt), (State::Running, 2));
+    assert_eq!(house.registry.accept(workload(json!({"env": {"OTHER": "x"}}))).map(|_| ()), Err(Refusal::Differs));
+    assert!(house.registry.accept(workload(json!({"env": {"TOKEN": "x"}}))).is_ok());
+    assert_eq!(house.registry.accept(workload(json!({"env": {"TOKEN": "y"}}))).map(|_| ()), Err(Refusal::Differs));
+}
+
+#[test]
+fn pages_come_in_the_order_of_ids() {
+    let house = house();
+    for name in ["c", "a", "b"] {
+        let mut workload = workload(json!({}));
+        workload.id = WorkloadId::new(name).expect("valid");
+        workload.spec.image = ImageRef::new("busybox").expect("valid");
+        house.registry.accept(workload).expect("accepted");
+    }
+    let ids = |page: Vec<Object>| page.into_iter().map(|o| o.spec["id"].as_str().map(str::to_owned)).collect::<Vec<_>>();
+    let (page, more) = house.registry.page(None, 2);
+    assert_eq!((ids(page), more), (vec![Some("a".into()), Some("b".into())], true));
+    let (page, more) = house.registry.page(WorkloadId::new("b").ok().as_ref(), 2);
+    assert_eq!((ids(page), more), (vec![Some("c".into())], false));
+}

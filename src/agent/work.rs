@@ -1,0 +1,171 @@
+//! The workers: each takes chores from one queue and does them, one at a time.
+//!
+//! Invariant: no registry lock is held while a worker speaks to the runtime or touches the disk.
+
+use std::fs::{self, DirBuilder};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+use super::Agent;
+use super::registry::{Chore, EndStep, EndTicket, StartTicket};
+use crate::cri::proto::AuthConfig;
+use crate::cri::runtime::{self, Observed, Order, StartError, Started};
+use crate::deadline::Deadline;
+use crate::grpc::Code;
+use crate::limits;
+use crate::report::{Chain, clip};
+use crate::wire::{docker, workload as wire_workload};
+use crate::workload::{Reason, Workload, WorkloadId};
+
+/// Starts a workload.
+pub fn start(agent: &Agent, id: &WorkloadId) {
+    let Some(ticket) = agent.registry.begin_start(id) else { return };
+    let result = start_ticket(agent, &ticket);
+    match &result {
+        Ok((started, _)) => log::info!("workload {id}: running in sandbox {} of {:?}", started.sandbox_id, started.handler),
+        Err(error) => log::warn!("workload {id}: start failed: {error}"),
+    }
+    ticket.finish(result);
+}
+
+fn start_ticket(agent: &Agent, ticket: &StartTicket<'_>) -> Result<(Started, bool), StartError> {
+    let refused = |reason, message: String| StartError { reason, message, retriable: false };
+    let (class, endpoint, available) = match agent.node.class(&ticket.workload.runtime_class) {
+        Some(class) => class,
+        None => return Err(refused(Reason::HandlerUnavailable, "this node does not offer the class any more".into())),
+    };
+    if available == Some(false) {
+        return Err(refused(Reason::HandlerUnavailable, format!("the runtime does not list the handler {:?}", class.handler)));
+    }
+    let log_dir = agent.log_dir(&ticket.workload.id);
+    let made = DirBuilder::new().recursive(true).mode(0o700).create(&log_dir);
+    made.map_err(|e| refused(Reason::CreateFailed, format!("cannot make the log directory: {e}")))?;
+    let auth = registry_auth(agent, &ticket.workload).map_err(|message| refused(Reason::ImagePullFailed, message))?;
+    let workload = resolve_mounts(agent, &ticket.workload).map_err(|message| refused(Reason::CreateFailed, message))?;
+    let order = Order {
+        annotation: annotation(&workload),
+        workload: &workload,
+        attempt: ticket.attempt,
+        class: &class,
+        node: agent.registry.node(),
+        log_dir: &log_dir,
+        auth,
+    };
+    runtime::start(&endpoint.client, &order, ticket.deadline, ticket).map(|started| (started, class.own_kernel))
+}
+
+/// The workload as the runtime keeps it for us: without the values of its environment, which are secrets.
+fn annotation(workload: &Workload) -> String {
+    let mut map = wire_workload::to_map(workload);
+    if let Some(serde_json::Value::Object(env)) = map.get_mut("env") {
+        for value in env.values_mut() {
+            *value = "".into();
+        }
+    }
+    serde_json::Value::Object(map).to_string()
+}
+
+/// Host paths as they really are, links followed, each under a root the configuration allows.
+fn resolve_mounts(agent: &Agent, workload: &Workload) -> Result<Workload, String> {
+    let mut workload = workload.clone();
+    for mount in &mut workload.spec.mounts {
+        let real = fs::canonicalize(&mount.source).map_err(|e| format!("mount source {}: {e}", mount.source))?;
+        if !is_allowed(&agent.mount_roots, &real) {
+            return Err(format!("mount source {} leads outside the node's mount roots", mount.source));
+        }
+        mount.source = real.to_string_lossy().into_owned();
+    }
+    Ok(workload)
+}
+
+/// Whether a path lies under one of the roots.
+pub fn is_allowed(roots: &[PathBuf], path: &Path) -> bool {
+    roots.iter().any(|root| path.starts_with(root))
+}
+
+fn registry_auth(agent: &Agent, workload: &Workload) -> Result<Option<AuthConfig>, String> {
+    let Some(path) = &agent.registry_credentials else { return Ok(None) };
+    let text = fs::read_to_string(path).map_err(|e| format!("registry credentials {}: {e}", path.display()))?;
+    let registry = workload.spec.image.registry();
+    let found = docker::credentials(&text, registry).map_err(|e| format!("registry credentials {}: {e}", path.display()))?;
+    Ok(found.map(|c| AuthConfig {
+        auth: c.auth,
+        username: c.username,
+        password: c.password,
+        identity_token: c.identity_token,
+        server_address: registry.to_owned(),
+        registry_token: String::new(),
+    }))
+}
+
+/// Brings a workload one step nearer to its end: stop, then retire or remove.
+pub fn end(agent: &Agent, id: &WorkloadId) {
+    let Some(ticket) = agent.registry.begin_end(id) else { return };
+    let result = end_ticket(agent, &ticket);
+    match &result {
+        Ok(EndStep::Ended(ending)) => log::info!("workload {id}: stopped, exit code {:?}", ending.exit_code),
+        Ok(EndStep::Removed) => log::info!("workload {id}: removed"),
+        Ok(EndStep::Gone | EndStep::Retired) => log::debug!("workload {id}: {result:?}"),
+        Err(message) => log::warn!("workload {id}: {:?} failed, to be repeated: {message}", ticket.chore),
+    }
+    ticket.finish(result);
+}
+
+fn end_ticket(agent: &Agent, ticket: &EndTicket<'_>) -> Result<EndStep, String> {
+    let endpoint = agent.node.endpoint(&ticket.class).ok_or("no runtime")?;
+    let client = &endpoint.client;
+    let deadline = Deadline::within_ms(limits::UNDO_MS_MAX, "removal");
+    let words = |error: &crate::grpc::Error| Chain(error).to_string();
+    match ticket.chore {
+        Chore::Stop => {
+            let Some(container_id) = &ticket.container_id else { return Ok(EndStep::Gone) };
+            stop(client, container_id, ticket.grace_ms)
+        }
+        Chore::Retire => {
+            let sandbox_id = ticket.sandbox_id.as_deref().unwrap_or_default();
+            match client.stop_pod_sandbox(sandbox_id, deadline) {
+                Err(error) if error.code() != Some(Code::NotFound) => Err(words(&error)),
+                Ok(()) | Err(_) => Ok(EndStep::Retired),
+            }
+        }
+        Chore::Remove => {
+            if let Some(sandbox_id) = &ticket.sandbox_id {
+                runtime::remove_sandbox(client, sandbox_id, deadline).map_err(|e| words(&e))?;
+            }
+            match fs::remove_dir_all(agent.log_dir(ticket.id())) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(format!("cannot remove the logs: {error}")),
+                Ok(()) | Err(_) => Ok(EndStep::Removed),
+            }
+        }
+        // The queue of ends holds no starts.
+        Chore::Start => Err("not an end".into()),
+    }
+}
+
+fn stop(client: &crate::cri::Client, container_id: &str, grace_ms: u64) -> Result<EndStep, String> {
+    // CRI counts in seconds; half a second of grace is better rounded up than down to none.
+    let grace_s = i64::try_from(grace_ms.div_ceil(1000)).unwrap_or(i64::MAX);
+    let deadline = Deadline::within_ms(grace_ms.saturating_add(limits::CRI_STOP_MARGIN_MS), "stop");
+    let stopped = client.stop_container(container_id, grace_s, deadline);
+    // Whatever it answered, its own view of the container decides.
+    let quick = Deadline::within_ms(limits::CRI_QUICK_MS_MAX, "stop");
+    match (runtime::observe(client, container_id, quick), stopped) {
+        (Ok(Observed::Ended(ending)), _) => Ok(EndStep::Ended(ending)),
+        (Err(error), _) if error.code() == Some(Code::NotFound) => Ok(EndStep::Gone),
+        (_, Err(error)) | (Err(error), Ok(())) => Err(Chain(&error).to_string()),
+        (Ok(observed), Ok(())) => Err(format!("the runtime says it stopped the container, and that it is {observed:?}")),
+    }
+}
+
+/// Asks a guest for its kernel.
+pub fn probe(agent: &Agent, id: &WorkloadId) {
+    let Some((class, container_id)) = agent.registry.begin_probe(id) else { return };
+    let Some(endpoint) = agent.node.endpoint(&class) else { return };
+    match runtime::probe_kernel(&endpoint.client, &container_id) {
+        Ok(kernel) => agent.registry.finish_probe(id, kernel),
+        Err(error) => {
+            log::debug!("workload {id}: probe: {}", clip(Chain(&error).to_string(), limits::MESSAGE_BYTES_MAX));
+            agent.registry.retry_probe(id);
+        }
+    }
+}
