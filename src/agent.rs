@@ -51,7 +51,8 @@ const PROBE_WORKERS: usize = 2;
 
 /// Runs the agent; returns when it was told to stop.
 pub fn main() -> ExitCode {
-    let config = match flags::arguments(PROGRAM).map_err(|e| e.to_string()).and_then(|args| config::agent(&args).map_err(|e| e.to_string())) {
+    let config = match flags::arguments(PROGRAM).map_err(|e| e.to_string()).and_then(|args| config::agent(&args).map_err(|e| e.to_string()))
+    {
         Ok(Parsed::Run(config)) => config,
         // A closed stdout has nobody to tell.
         Ok(Parsed::Special(text)) => return say(&text).map_or(Exit::General, |()| Exit::Ok).into(),

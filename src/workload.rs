@@ -56,7 +56,7 @@ pub struct Spec {
     /// Replaces the image's cmd; empty keeps it.
     pub args: Vec<String>,
     /// Added to the image's environment. Values are secrets: they appear in no log, label or annotation.
-    pub env: BTreeMap<String, String>,
+    pub env: BTreeMap<String, Secret>,
     /// Replaces the image's working directory.
     pub working_dir: Option<String>,
     /// Replaces the image's user.
@@ -294,6 +294,28 @@ impl fmt::Display for User {
     }
 }
 
+/// A value that must not be shown: `Debug` hides it, and there is no `Display`.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(String);
+
+impl Secret {
+    /// Keeps a text.
+    pub fn new(text: String) -> Self {
+        Self(text)
+    }
+
+    /// The text, for the one who has to have it.
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Secret(..)")
+    }
+}
+
 /// A port of the sandbox.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Port {
@@ -521,7 +543,9 @@ mod tests {
     #[test]
     fn bad_image_references_are_refused() {
         let long = "a".repeat(513);
-        for bad in ["", "UPPER", "a b", "a:", "a:b:c", "a@sha256:12", "a//b", "/a", "a/", "host:0/a", "host:99999/a", "a@b@c", "-a", "a\n", &long] {
+        for bad in
+            ["", "UPPER", "a b", "a:", "a:b:c", "a@sha256:12", "a//b", "/a", "a/", "host:0/a", "host:99999/a", "a@b@c", "-a", "a\n", &long]
+        {
             assert!(ImageRef::new(bad).is_err(), "{bad}");
         }
     }

@@ -127,8 +127,8 @@ impl LogReader {
             return None;
         }
         let line = std::mem::take(partial);
-        let wanted = self.stream.is_none_or(|s| s == stream)
-            && self.since.is_none_or(|since| parse_time(time).is_none_or(|time| time >= since));
+        let wanted =
+            self.stream.is_none_or(|s| s == stream) && self.since.is_none_or(|since| parse_time(time).is_none_or(|time| time >= since));
         wanted.then(|| LogLine { stream, time: time.to_owned(), line: String::from_utf8_lossy(&line).into_owned() })
     }
 }

@@ -218,14 +218,10 @@ fn derive_classes(endpoint: &Endpoint) -> Vec<ClassConfig> {
     let handlers = endpoint.health().handlers.unwrap_or_default();
     let has = |handler: &&str| handlers.iter().any(|h| h == handler);
     let kata = handlers.iter().map(String::as_str).filter(|h| h.starts_with("kata")).min();
-    [
-        ("native", ["runc", "crun"].into_iter().find(has)),
-        ("gvisor", ["runsc", "gvisor"].into_iter().find(has)),
-        ("kata", kata),
-    ]
-    .into_iter()
-    .filter_map(|(name, handler)| named(name, handler?))
-    .collect()
+    [("native", ["runc", "crun"].into_iter().find(has)), ("gvisor", ["runsc", "gvisor"].into_iter().find(has)), ("kata", kata)]
+        .into_iter()
+        .filter_map(|(name, handler)| named(name, handler?))
+        .collect()
 }
 
 /// There is no CRI socket to speak to.

@@ -118,7 +118,8 @@ fn compare(entry: &Known, sandbox: Option<&Seen>, handler: Option<String>) -> Op
     let container_id = container_id.clone();
     match &sandbox.container {
         _ if handler.as_ref().is_some_and(|h| *h != sandbox.handler) => {
-            let message = format!("asked for a sandbox of handler {:?}, the runtime now reports {:?}", handler.unwrap_or_default(), sandbox.handler);
+            let message =
+                format!("asked for a sandbox of handler {:?}, the runtime now reports {:?}", handler.unwrap_or_default(), sandbox.handler);
             Some(Action::Kill { id, reason: Reason::IsolationMismatch, message })
         }
         Some(container) if container.state == ContainerState::ContainerRunning && sandbox.is_ready => {
@@ -277,7 +278,8 @@ fn listen(agent: &Agent, endpoint: &Arc<Endpoint>) -> Result<(), crate::grpc::Er
             Err(error) => return Err(error),
         };
         endpoint.set_events(true);
-        let ends = matches!(event.container_event_type(), ContainerEventType::ContainerStoppedEvent | ContainerEventType::ContainerDeletedEvent);
+        let ends =
+            matches!(event.container_event_type(), ContainerEventType::ContainerStoppedEvent | ContainerEventType::ContainerDeletedEvent);
         if !ends {
             continue;
         }

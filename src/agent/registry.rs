@@ -664,11 +664,8 @@ impl Registry {
                 entry.failures = 0;
                 entry.probe = if own_kernel { Probe::Due } else { Probe::Over };
                 entry.ttl = entry.workload.spec.ttl_ms.map(|ms| Deadline::within_ms(ms, "ttl"));
-                entry.made = Some(Made {
-                    sandbox_id: started.sandbox_id.clone(),
-                    container_id: started.container_id.clone(),
-                    retired: false,
-                });
+                entry.made =
+                    Some(Made { sandbox_id: started.sandbox_id.clone(), container_id: started.container_id.clone(), retired: false });
                 let status = &mut entry.status;
                 status.reason = None;
                 status.message = None;

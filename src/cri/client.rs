@@ -5,15 +5,15 @@ use std::path::PathBuf;
 use prost::Message;
 
 use super::proto::{
-    AuthConfig, ContainerConfig, ContainerEventResponse, ContainerFilter, ContainerStats, ContainerStatsRequest,
-    ContainerStatsResponse, ContainerStatus, ContainerStatusRequest, ContainerStatusResponse, CreateContainerRequest,
-    CreateContainerResponse, ExecSyncRequest, ExecSyncResponse, GetEventsRequest, Image, ImageSpec, ImageStatusRequest,
-    ImageStatusResponse, ListContainersRequest, ListContainersResponse, ListImagesRequest, ListImagesResponse, ListPodSandboxRequest,
-    ListPodSandboxResponse, PodSandbox, PodSandboxConfig, PodSandboxFilter, PodSandboxStatus, PodSandboxStatusRequest,
-    PodSandboxStatusResponse, PullImageRequest, PullImageResponse, RemoveContainerRequest, RemoveContainerResponse, RemoveImageRequest,
-    RemoveImageResponse, RemovePodSandboxRequest, RemovePodSandboxResponse, ReopenContainerLogRequest, ReopenContainerLogResponse,
-    RunPodSandboxRequest, RunPodSandboxResponse, StartContainerRequest, StartContainerResponse, StatusRequest, StatusResponse,
-    StopContainerRequest, StopContainerResponse, StopPodSandboxRequest, StopPodSandboxResponse, VersionRequest, VersionResponse,
+    AuthConfig, ContainerConfig, ContainerEventResponse, ContainerFilter, ContainerStats, ContainerStatsRequest, ContainerStatsResponse,
+    ContainerStatus, ContainerStatusRequest, ContainerStatusResponse, CreateContainerRequest, CreateContainerResponse, ExecSyncRequest,
+    ExecSyncResponse, GetEventsRequest, Image, ImageSpec, ImageStatusRequest, ImageStatusResponse, ListContainersRequest,
+    ListContainersResponse, ListImagesRequest, ListImagesResponse, ListPodSandboxRequest, ListPodSandboxResponse, PodSandbox,
+    PodSandboxConfig, PodSandboxFilter, PodSandboxStatus, PodSandboxStatusRequest, PodSandboxStatusResponse, PullImageRequest,
+    PullImageResponse, RemoveContainerRequest, RemoveContainerResponse, RemoveImageRequest, RemoveImageResponse, RemovePodSandboxRequest,
+    RemovePodSandboxResponse, ReopenContainerLogRequest, ReopenContainerLogResponse, RunPodSandboxRequest, RunPodSandboxResponse,
+    StartContainerRequest, StartContainerResponse, StatusRequest, StatusResponse, StopContainerRequest, StopContainerResponse,
+    StopPodSandboxRequest, StopPodSandboxResponse, VersionRequest, VersionResponse,
 };
 use crate::deadline::Deadline;
 use crate::grpc::{Channel, Error, ErrorKind, Messages, Method};
@@ -111,8 +111,7 @@ impl Client {
 
     /// The sandboxes that fit the filter.
     pub fn list_pod_sandbox(&self, filter: PodSandboxFilter, deadline: Deadline) -> Answer<Vec<PodSandbox>> {
-        let answer: ListPodSandboxResponse =
-            self.call(LIST_POD_SANDBOX, &ListPodSandboxRequest { filter: Some(filter) }, deadline)?;
+        let answer: ListPodSandboxResponse = self.call(LIST_POD_SANDBOX, &ListPodSandboxRequest { filter: Some(filter) }, deadline)?;
         Ok(answer.items)
     }
 
@@ -153,8 +152,7 @@ impl Client {
 
     /// The containers that fit the filter.
     pub fn list_containers(&self, filter: ContainerFilter, deadline: Deadline) -> Answer<Vec<super::proto::Container>> {
-        let answer: ListContainersResponse =
-            self.call(LIST_CONTAINERS, &ListContainersRequest { filter: Some(filter) }, deadline)?;
+        let answer: ListContainersResponse = self.call(LIST_CONTAINERS, &ListContainersRequest { filter: Some(filter) }, deadline)?;
         Ok(answer.containers)
     }
 

@@ -252,12 +252,7 @@ fn pull_reason(error: &grpc::Error) -> Reason {
 }
 
 /// Makes the sandbox. When the answer is lost, it is looked for by name and attempt, and adopted where it is ready.
-fn create_sandbox(
-    client: &Client,
-    order: &Order<'_>,
-    config: &proto::PodSandboxConfig,
-    deadline: Deadline,
-) -> Result<String, StartError> {
+fn create_sandbox(client: &Client, order: &Order<'_>, config: &proto::PodSandboxConfig, deadline: Deadline) -> Result<String, StartError> {
     let sandbox_deadline = deadline.at_most_ms(order.class.sandbox_ms_max, "RunPodSandbox");
     let error = match client.run_pod_sandbox(config, &order.class.handler, sandbox_deadline) {
         Ok(id) if !id.is_empty() => return Ok(id),
@@ -433,7 +428,7 @@ fn container_config(order: &Order<'_>, image: &proto::ImageSpec) -> proto::Conta
         command: spec.command.clone(),
         args: spec.args.clone(),
         working_dir: spec.working_dir.clone().unwrap_or_default(),
-        envs: spec.env.iter().map(|(key, value)| proto::KeyValue { key: key.clone(), value: value.clone().into_bytes() }).collect(),
+        envs: spec.env.iter().map(|(key, value)| proto::KeyValue { key: key.clone(), value: value.expose().as_bytes().to_vec() }).collect(),
         mounts: spec.mounts.iter().map(mount).collect(),
         labels: labels(order),
         annotations: BTreeMap::new(),
@@ -499,10 +494,7 @@ fn namespaces() -> proto::NamespaceOption {
 }
 
 fn seccomp() -> proto::SecurityProfile {
-    proto::SecurityProfile {
-        profile_type: proto::security_profile::ProfileType::RuntimeDefault.into(),
-        localhost_ref: String::new(),
-    }
+    proto::SecurityProfile { profile_type: proto::security_profile::ProfileType::RuntimeDefault.into(), localhost_ref: String::new() }
 }
 
 /// Hidden from every workload: what tells of the host or reaches into it. CRI leaves the list to the client.

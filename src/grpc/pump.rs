@@ -47,8 +47,7 @@ struct Inside {
 impl Pipe {
     /// Wraps a connected socket; `deadline` is that of the first call.
     pub fn new(stream: Stream, deadline: Deadline) -> Self {
-        let inside =
-            Inside { stream, inbox: Vec::new(), begin: 0, end: 0, ended: false, deadline, written: 0, write_error: None };
+        let inside = Inside { stream, inbox: Vec::new(), begin: 0, end: 0, ended: false, deadline, written: 0, write_error: None };
         Self(Arc::new(Mutex::new(inside)))
     }
 

@@ -93,7 +93,8 @@ pub fn resolve(host: &str, port: u16) -> Result<SocketAddr, AddressError> {
     if host.is_empty() {
         return Err(AddressError::Port);
     }
-    let hosts = std::fs::read_to_string("/etc/hosts").or_else(|_| if host == "localhost" { Ok(String::new()) } else { Err(AddressError::Hosts) })?;
+    let hosts = std::fs::read_to_string("/etc/hosts")
+        .or_else(|_| if host == "localhost" { Ok(String::new()) } else { Err(AddressError::Hosts) })?;
     match find_host(&hosts, host) {
         Some(ip) => Ok(SocketAddr::new(ip, port)),
         None if host.eq_ignore_ascii_case("localhost") => Ok(SocketAddr::new(IpAddr::from([127, 0, 0, 1]), port)),

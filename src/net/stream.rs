@@ -4,8 +4,8 @@ use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::unix::net::UnixStream;
 
-use super::address::Address;
 use super::Error;
+use super::address::Address;
 use crate::deadline::Deadline;
 
 /// A connected socket.

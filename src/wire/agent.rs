@@ -210,8 +210,7 @@ impl Request {
 }
 
 /// The types of requests, for the error that lists them.
-const TYPES: &str =
-    "Auth, DeleteWorkload, Exec, GetLogs, GetNode, GetStatus, ListWorkloads, Ping, StartWorkload, StopWorkload, Watch";
+const TYPES: &str = "Auth, DeleteWorkload, Exec, GetLogs, GetNode, GetStatus, ListWorkloads, Ping, StartWorkload, StopWorkload, Watch";
 
 fn read(fields: &mut Fields<'_>) -> (Option<Request>, Option<String>) {
     let kind = fields.text("type", limits::NAME_BYTES_MAX);
@@ -266,7 +265,12 @@ fn read(fields: &mut Fields<'_>) -> (Option<Request>, Option<String>) {
         "StartWorkload" => {
             let value = fields.take("workload");
             let value = fields.required("workload", value);
-            named = value.as_ref().and_then(|v| v.get("id")).and_then(Value::as_str).and_then(|id| WorkloadId::new(id).ok()).map(|id| id.to_string());
+            named = value
+                .as_ref()
+                .and_then(|v| v.get("id"))
+                .and_then(Value::as_str)
+                .and_then(|id| WorkloadId::new(id).ok())
+                .map(|id| id.to_string());
             let workload = value.and_then(|value| workload::complete(value, "/workload", fields.problems()));
             let wait_ms = wait_ms(fields);
             workload.map(|workload| Request::StartWorkload { workload: Box::new(workload), wait_ms })

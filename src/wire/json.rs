@@ -279,7 +279,12 @@ impl<'a> Fields<'a> {
     }
 
     /// An array of at most `items_max` items, each read by `read` at its own pointer. Absent is empty.
-    pub fn items<T>(&mut self, name: &'static str, items_max: usize, mut read: impl FnMut(Value, &str, &mut Problems) -> Option<T>) -> Vec<T> {
+    pub fn items<T>(
+        &mut self,
+        name: &'static str,
+        items_max: usize,
+        mut read: impl FnMut(Value, &str, &mut Problems) -> Option<T>,
+    ) -> Vec<T> {
         let Some(value) = self.take(name) else { return Vec::new() };
         let pointer = self.at(name);
         match value {
@@ -401,10 +406,10 @@ mod tests {
 
     #[test]
     fn duplicate_keys_are_found_at_any_depth() {
-        assert_eq!(problems(r#"{"a":1,"b":{"c/d":[{"e":1,"e":2}]},"a":2}"#), [
-            ("/b/c~1d/0/e".to_owned(), "duplicate key".to_owned()),
-            ("/a".to_owned(), "duplicate key".to_owned())
-        ]);
+        assert_eq!(
+            problems(r#"{"a":1,"b":{"c/d":[{"e":1,"e":2}]},"a":2}"#),
+            [("/b/c~1d/0/e".to_owned(), "duplicate key".to_owned()), ("/a".to_owned(), "duplicate key".to_owned())]
+        );
     }
 
     #[test]

@@ -6,7 +6,9 @@ use serde_json::{Map, Value, json};
 
 use super::json::{Fields, Problems, text};
 use crate::limits;
-use crate::workload::{CAPABILITIES_DEFAULT, Draft, ImageRef, Mount, Name, Port, Protocol, PullPolicy, Spec, User, Workload, WorkloadId};
+use crate::workload::{
+    CAPABILITIES_DEFAULT, Draft, ImageRef, Mount, Name, Port, Protocol, PullPolicy, Secret, Spec, User, Workload, WorkloadId,
+};
 
 /// Reads a workload in which id and class may still be missing.
 ///
@@ -60,7 +62,9 @@ fn read(value: Value, pointer: &str, problems: &mut Problems) -> Option<Draft> {
         pids_max: fields.integer("pids_max", 1, limits::PIDS_MAX),
         pull_policy,
         pull_credentials,
-        start_deadline_ms: fields.integer("start_deadline_ms", 1, limits::START_DEADLINE_MS_MAX).unwrap_or(limits::START_DEADLINE_MS_DEFAULT),
+        start_deadline_ms: fields
+            .integer("start_deadline_ms", 1, limits::START_DEADLINE_MS_MAX)
+            .unwrap_or(limits::START_DEADLINE_MS_DEFAULT),
         ttl_ms: fields.integer("ttl_ms", 1, limits::TTL_MS_MAX),
         stop_grace_ms: fields.integer("stop_grace_ms", 0, limits::STOP_GRACE_MS_MAX).unwrap_or(limits::STOP_GRACE_MS_DEFAULT),
         node_selector: labels(&mut fields, "node_selector"),
@@ -92,17 +96,16 @@ const PATH_RULE: &str = "must be an absolute path without . or .. segments";
 
 /// Absolute, and the same after normalising: nobody has to guess what `..` will mean inside.
 fn is_plain_absolute(path: &str) -> bool {
-    path.strip_prefix('/').is_some_and(|rest| {
-        rest.is_empty() || rest.trim_end_matches('/').split('/').all(|segment| !matches!(segment, "" | "." | ".."))
-    })
+    path.strip_prefix('/')
+        .is_some_and(|rest| rest.is_empty() || rest.trim_end_matches('/').split('/').all(|segment| !matches!(segment, "" | "." | "..")))
 }
 
-fn env(fields: &mut Fields<'_>) -> BTreeMap<String, String> {
+fn env(fields: &mut Fields<'_>) -> BTreeMap<String, Secret> {
     let read = |key: &str, value: Value, pointer: &str, problems: &mut Problems| {
         if key.is_empty() || key.len() > limits::LABEL_BYTES_MAX || key.contains(['=', '\0']) {
             problems.add(pointer, format!("name must be 1 to {} bytes without = and NUL", limits::LABEL_BYTES_MAX));
         }
-        Some((key.to_owned(), text(value, pointer, limits::WORD_BYTES_MAX, problems)?))
+        Some((key.to_owned(), Secret::new(text(value, pointer, limits::WORD_BYTES_MAX, problems)?)))
     };
     fields.entries("env", limits::ENV_MAX, read).into_iter().collect()
 }
@@ -221,7 +224,7 @@ pub fn to_map(workload: &Workload) -> Map<String, Value> {
     put("cpu_millicores", (*cpu_millicores).into());
     put("command", command.clone().into());
     put("args", args.clone().into());
-    put("env", json!(env));
+    put("env", env.iter().map(|(key, value)| (key.clone(), Value::from(value.expose()))).collect::<Map<_, _>>().into());
     put("working_dir", working_dir.clone().into());
     put("user", user.map(|u| u.to_string()).into());
     put("labels", json!(labels));

@@ -281,10 +281,10 @@ fn a_watch_sees_what_is_and_every_change_in_order() {
     house.registry.begin_start(&id()).expect("to be started").finish(Ok((started(), false)));
     house.registry.want_delete(&id());
     let events: Vec<_> = watch.events.try_iter().map(|e| (e.event, e.object.state, e.revision)).collect();
-    assert_eq!(events.iter().map(|e| (e.0, e.1)).collect::<Vec<_>>(), [
-        (EventKind::Modified, State::Running),
-        (EventKind::Modified, State::Running)
-    ]);
+    assert_eq!(
+        events.iter().map(|e| (e.0, e.1)).collect::<Vec<_>>(),
+        [(EventKind::Modified, State::Running), (EventKind::Modified, State::Running)]
+    );
     assert!(events.windows(2).all(|w| w[0].2 < w[1].2), "{events:?}");
 }
 
@@ -310,10 +310,7 @@ fn an_adopted_workload_is_the_same_whatever_its_secrets() {
         handler: "runsc".into(),
         annotation: String::new(),
         created_at: None,
-        container: Some(crate::cri::runtime::SeenContainer {
-            id: "c".into(),
-            state: crate::cri::proto::ContainerState::ContainerRunning,
-        }),
+        container: Some(crate::cri::runtime::SeenContainer { id: "c".into(), state: crate::cri::proto::ContainerState::ContainerRunning }),
     };
     let known = workload(json!({"env": {"TOKEN": ""}}));
     house.registry.adopt(known, &seen, None, Observed::Running(None));
