@@ -11,6 +11,7 @@
 //! | start-N | starts workloads, one at a time each |
 //! | end-N | stops and removes workloads |
 //! | probe-N | asks guests for their kernel |
+//! | sweep | removes sandboxes that nobody wants |
 //! | tick | time to live, retries, start deadlines |
 //! | relist-N, events-N | one of each per CRI endpoint |
 //!
@@ -23,17 +24,18 @@ pub mod reconcile;
 pub mod registry;
 pub mod work;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crossbeam_channel::{Receiver, Sender, bounded, select};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, select};
 
 use crate::config::{self, AgentConfig};
+use crate::cri::runtime::Seen;
 use crate::daemon::{self, Signal, spawn};
 use crate::deadline::Deadline;
 use crate::flags::{self, Parsed};
@@ -43,7 +45,7 @@ use crate::net::listen::{Server, Service};
 use crate::report::{Chain, Exit, complain, init_log, say};
 use crate::workload::WorkloadId;
 
-use node::{Node, Stoppers};
+use node::{Endpoint, Node, Stoppers};
 use registry::{Queues, Registry};
 
 const PROGRAM: &str = "kakuri-agent";
@@ -81,19 +83,53 @@ pub struct Agent {
     pub stop: Receiver<()>,
     /// Streams that wait for ever.
     pub stoppers: Stoppers,
+    /// Sandboxes to be removed.
+    pub sweeps: Sweeps,
     /// Time between relists, where configured.
     pub relist_ms: Option<u64>,
-    /// Roots under which host mounts may lie; real paths.
+    /// Roots under which host mounts may lie, as configured and as they really are.
     pub mount_roots: Vec<PathBuf>,
     /// A docker `config.json`.
     pub registry_credentials: Option<PathBuf>,
     /// Of the node.
     pub labels: BTreeMap<String, String>,
+    /// Set before anybody is woken to see it.
+    pub stopping: AtomicBool,
     logs: PathBuf,
-    stopping: AtomicBool,
+}
+
+/// Sandboxes to be removed, each once at a time.
+pub struct Sweeps {
+    queue: Sender<(usize, Seen)>,
+    under_way: Mutex<BTreeSet<String>>,
+}
+
+impl Sweeps {
+    /// Queues a sandbox of an endpoint, unless it is queued. A full queue refuses; the next list offers it again.
+    pub fn offer(&self, endpoint: usize, seen: Seen) {
+        let mut under_way = self.under_way.lock().unwrap_or_else(PoisonError::into_inner);
+        let sandbox_id = seen.sandbox_id.clone();
+        if !under_way.contains(&sandbox_id) && self.queue.try_send((endpoint, seen)).is_ok() {
+            under_way.insert(sandbox_id);
+        }
+    }
+
+    fn done(&self, sandbox_id: &str) {
+        self.under_way.lock().unwrap_or_else(PoisonError::into_inner).remove(sandbox_id);
+    }
 }
 
 impl Agent {
+    /// A runtime, by its place among the endpoints; there is always a first.
+    pub fn endpoint(&self, index: usize) -> &Arc<Endpoint> {
+        self.node.endpoints.get(index).unwrap_or(&self.node.endpoints[0])
+    }
+
+    /// Waits; whether the agent goes on.
+    pub fn pause(&self, ms: u64) -> bool {
+        self.stop.recv_timeout(Duration::from_millis(ms)).is_err_and(|e| e.is_timeout())
+    }
+
     /// Where a workload's log files are.
     pub fn log_dir(&self, id: &WorkloadId) -> PathBuf {
         self.logs.join(id.as_str())
@@ -106,8 +142,9 @@ impl Agent {
 }
 
 impl Service for Agent {
-    fn serve(&self, stream: Stream, stopping: &AtomicBool) {
-        handlers::serve(self, stream, stopping);
+    fn serve(&self, stream: Stream, _: &AtomicBool) {
+        // Our own flag, not the listener's: it is set before those who wait are woken, so none of them goes back to sleep.
+        handlers::serve(self, stream, &self.stopping);
     }
 
     fn busy(&self) -> &'static [u8] {
@@ -120,34 +157,55 @@ fn run(config: &AgentConfig) -> Result<(), Box<dyn std::error::Error>> {
     let (starts, start_queue) = bounded(limits::START_QUEUE_MAX);
     let (ends, end_queue) = bounded(limits::AGENT_WORKLOADS_MAX);
     let (probes, probe_queue) = bounded(limits::START_QUEUE_MAX);
+    let (sweep_sender, sweep_queue) = bounded(limits::SWEEP_QUEUE_MAX);
     let (stop_sender, stop) = bounded(0);
-    let mount_roots = config.mount_roots.iter().map(std::fs::canonicalize).collect::<Result<_, _>>()?;
+    let mut mount_roots = config.mount_roots.clone();
+    for root in &config.mount_roots {
+        mount_roots.push(std::fs::canonicalize(root)?);
+    }
+    if mount_roots.iter().any(|root| root.parent().is_none()) {
+        return Err("a mount root leads to /: workloads could mount the whole host".into());
+    }
     let agent = Arc::new(Agent {
         registry: Registry::new(config.node_id.clone(), node::host_kernel(), Queues { starts, ends, probes }),
         node,
         stop,
-        stoppers: Stoppers::new(),
+        stoppers: Stoppers::default(),
+        sweeps: Sweeps { queue: sweep_sender, under_way: Mutex::default() },
         relist_ms: config.relist_ms,
         mount_roots,
         registry_credentials: config.registry_credentials.clone(),
         labels: config.labels.clone(),
-        logs: config.log_dir.clone(),
         stopping: AtomicBool::new(false),
+        logs: config.log_dir.clone(),
     });
     log_start(config, &agent);
     let signals = daemon::signals(config.until_eof)?;
-    let (mut threads, wakes) = start_threads(&agent, config, &start_queue, &end_queue, &probe_queue)?;
+    // Before anything is listed or swept: a second agent of this node must not get so far.
     let servers = daemon::serve(&config.listen, "agent", &agent)?;
+    let queues = WorkQueues { starts: start_queue, ends: end_queue, probes: probe_queue, sweeps: sweep_queue };
+    let mut threads = start_threads(&agent, config, &queues)?;
     daemon::announce(&servers, config.ready_file.as_deref())?;
-    while let Ok(signal) = signals.recv() {
-        match signal {
-            Signal::Reload => log::info!("SIGHUP: there is nothing to reload in this version"),
-            Signal::Stop => break,
+    let result = wait_for_stop(&signals, &threads);
+    log::info!("stopping; workloads go on running");
+    stop_all(&agent, servers, stop_sender, &mut threads);
+    result.map_err(Into::into)
+}
+
+/// Waits until somebody says stop, or a thread that should live as long as the agent does not.
+fn wait_for_stop(signals: &Receiver<Signal>, threads: &Threads) -> Result<(), String> {
+    loop {
+        match signals.recv_timeout(Duration::from_millis(TICK_MS_MAX)) {
+            Ok(Signal::Reload) => log::info!("SIGHUP: there is nothing to reload in this version"),
+            Ok(Signal::Stop) | Err(RecvTimeoutError::Disconnected) => return Ok(()),
+            Err(RecvTimeoutError::Timeout) => {
+                if let Some((dead, _)) = threads.iter().find(|(thread, may_end)| !may_end && thread.is_finished()) {
+                    let name = dead.thread().name().unwrap_or("a thread");
+                    return Err(format!("{name} panicked; the next agent takes up what runs"));
+                }
+            }
         }
     }
-    log::info!("stopping; workloads go on running");
-    stop_all(&agent, servers, stop_sender, wakes, &mut threads);
-    Ok(())
 }
 
 fn log_start(config: &AgentConfig, agent: &Agent) {
@@ -158,48 +216,56 @@ fn log_start(config: &AgentConfig, agent: &Agent) {
     }
 }
 
-type Threads = Vec<JoinHandle<()>>;
+/// Threads to join, and whether each may end before the agent does.
+type Threads = Vec<(JoinHandle<()>, bool)>;
 
-fn start_threads(
-    agent: &Arc<Agent>,
-    config: &AgentConfig,
-    starts: &Receiver<WorkloadId>,
-    ends: &Receiver<WorkloadId>,
-    probes: &Receiver<WorkloadId>,
-) -> Result<(Threads, Vec<Sender<()>>), daemon::Error> {
+struct WorkQueues {
+    starts: Receiver<WorkloadId>,
+    ends: Receiver<WorkloadId>,
+    probes: Receiver<WorkloadId>,
+    sweeps: Receiver<(usize, Seen)>,
+}
+
+fn start_threads(agent: &Arc<Agent>, config: &AgentConfig, queues: &WorkQueues) -> Result<Threads, daemon::Error> {
     let mut threads = Threads::new();
-    let mut wakes = Vec::new();
     for (i, endpoint) in agent.node.endpoints.iter().enumerate() {
-        let (wake, woken) = bounded(1);
-        wakes.push(wake);
         let (a, e) = (Arc::clone(agent), Arc::clone(endpoint));
-        threads.push(spawn(&format!("relist-{i}"), move || reconcile::relist_loop(&a, &e, &woken))?);
+        threads.push((spawn(&format!("relist-{i}"), move || reconcile::relist_loop(&a, i, &e))?, false));
         let (a, e) = (Arc::clone(agent), Arc::clone(endpoint));
-        threads.push(spawn(&format!("events-{i}"), move || reconcile::event_loop(&a, &e))?);
+        // A runtime without events needs no listener.
+        threads.push((spawn(&format!("events-{i}"), move || reconcile::event_loop(&a, i, &e))?, true));
     }
     let pools: [(&str, usize, &Receiver<WorkloadId>, Work); 3] = [
-        ("start", config.start_workers, starts, work::start),
-        ("end", config.stop_workers, ends, work::end),
-        ("probe", PROBE_WORKERS, probes, work::probe),
+        ("start", config.start_workers, &queues.starts, work::start),
+        ("end", config.stop_workers, &queues.ends, work::end),
+        ("probe", PROBE_WORKERS, &queues.probes, work::probe),
     ];
     for (name, workers, queue, work) in pools {
         for i in 0..workers {
             let (agent, queue) = (Arc::clone(agent), queue.clone());
-            threads.push(spawn(&format!("{name}-{i}"), move || work_loop(&agent, &queue, work))?);
+            threads.push((spawn(&format!("{name}-{i}"), move || work_loop(&agent, &queue, |id| work(&agent, &id)))?, false));
         }
     }
+    let (a, sweeps) = (Arc::clone(agent), queues.sweeps.clone());
+    let sweep = move || {
+        work_loop(&a, &sweeps, |(endpoint, seen)| {
+            work::sweep(&a, endpoint, &seen);
+            a.sweeps.done(&seen.sandbox_id);
+        });
+    };
+    threads.push((spawn("sweep", sweep)?, false));
     let a = Arc::clone(agent);
-    threads.push(spawn("tick", move || tick_loop(&a))?);
-    Ok((threads, wakes))
+    threads.push((spawn("tick", move || tick_loop(&a))?, false));
+    Ok(threads)
 }
 
 type Work = fn(&Agent, &WorkloadId);
 
-fn work_loop(agent: &Agent, queue: &Receiver<WorkloadId>, work: Work) {
+fn work_loop<T>(agent: &Agent, queue: &Receiver<T>, work: impl Fn(T)) {
     while !agent.is_stopping() {
         select! {
-            recv(queue) -> id => match id {
-                Ok(id) => work(agent, &id),
+            recv(queue) -> item => match item {
+                Ok(item) => work(item),
                 Err(_) => return,
             },
             recv(agent.stop) -> _ => return,
@@ -212,8 +278,8 @@ const TICK_MS_MAX: u64 = 1000;
 
 fn tick_loop(agent: &Agent) {
     loop {
-        let next = agent.registry.tick().unwrap_or(Duration::MAX).min(Duration::from_millis(TICK_MS_MAX));
-        if !agent.stop.recv_timeout(next).is_err_and(|e| e.is_timeout()) {
+        let next_ms = agent.registry.tick().map_or(TICK_MS_MAX, |next| u64::try_from(next.as_millis()).unwrap_or(TICK_MS_MAX));
+        if !agent.pause(next_ms.clamp(1, TICK_MS_MAX)) {
             return;
         }
     }
@@ -221,10 +287,9 @@ fn tick_loop(agent: &Agent) {
 
 /// No new work, requests in flight are answered, and what the workers are at has the drain's time to end. A start that is cut off
 /// is found by the next agent's first list.
-fn stop_all(agent: &Arc<Agent>, servers: Vec<Server>, stop: Sender<()>, wakes: Vec<Sender<()>>, threads: &mut Threads) {
+fn stop_all(agent: &Arc<Agent>, servers: Vec<Server>, stop: Sender<()>, threads: &mut Threads) {
     agent.stopping.store(true, Ordering::SeqCst);
     drop(stop);
-    drop(wakes);
     agent.registry.wake_all();
     agent.stoppers.stop();
     let deadline = Deadline::within_ms(limits::DRAIN_MS, "drain");
@@ -232,14 +297,15 @@ fn stop_all(agent: &Arc<Agent>, servers: Vec<Server>, stop: Sender<()>, wakes: V
         server.stop(deadline.left().map_or(0, |left| u64::try_from(left.as_millis()).unwrap_or(0)));
     }
     while !threads.is_empty() && deadline.left().is_ok() {
-        let (over, rest): (Threads, Threads) = threads.drain(..).partition(JoinHandle::is_finished);
+        let (over, rest): (Threads, Threads) = threads.drain(..).partition(|(thread, _)| thread.is_finished());
         *threads = rest;
-        over.into_iter().for_each(|thread| drop(thread.join()));
+        // A panic was logged where it happened.
+        over.into_iter().for_each(|(thread, _)| drop(thread.join()));
         if !threads.is_empty() {
             std::thread::park_timeout(Duration::from_millis(5));
         }
     }
-    for thread in threads.iter() {
+    for (thread, _) in threads.iter() {
         log::warn!("{} is still in a call to the runtime and is left behind", thread.thread().name().unwrap_or("a thread"));
     }
 }

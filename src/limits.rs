@@ -10,15 +10,21 @@ pub const LINE_MS_MAX: u64 = 10_000;
 pub const IDLE_MS_MAX: u64 = 600_000;
 /// A reader that takes nothing for this long loses its connection.
 pub const WRITE_MS_MAX: u64 = 30_000;
-/// Connections one listener serves at a time: each is a thread and a descriptor.
-pub const CONNECTIONS_MAX: usize = 512;
+/// Connections one listener serves at a time: each is a thread and two descriptors, of which a process commonly has 1024.
+pub const CONNECTIONS_MAX: usize = 256;
 /// Stack of a connection's thread; JSON nests at most [`JSON_DEPTH_MAX`] deep.
 pub const STACK_BYTES: usize = 256 * 1024;
+/// After the drain: how long a connection may take to notice that both its sides are shut.
+pub const CUT_OFF_MS: u64 = 1000;
 /// How long a stopping daemon waits for requests in flight.
 pub const DRAIN_MS: u64 = 10_000;
+/// How long a thread may take to notice that its connection was cut off.
+pub const CUT_MS: u64 = 1000;
 
 /// Nesting of any JSON text from outside.
 pub const JSON_DEPTH_MAX: usize = 32;
+/// Values in one JSON text, keys not counted: a small text can hold many, and each costs memory.
+pub const JSON_VALUES_MAX: usize = 8192;
 /// Problems reported for one body; the rest is counted.
 pub const PROBLEMS_MAX: usize = 64;
 
@@ -49,6 +55,8 @@ pub const LINGER_BYTES_MAX: usize = 4 << 20;
 
 /// One gRPC message, either way; checked against the 5-byte prefix before anything is allocated.
 pub const GRPC_MESSAGE_BYTES_MAX: usize = 16 << 20;
+/// Headers or trailers of a gRPC answer: error messages quote what the user sent.
+pub const GRPC_HEADER_BYTES_MAX: u32 = 256 * 1024;
 /// Idle connections kept per CRI endpoint.
 pub const GRPC_POOL_MAX: usize = 8;
 /// Bytes of a peer's `grpc-message` that are kept.
@@ -62,6 +70,8 @@ pub const SIM_WORKERS_MAX: usize = 64;
 pub const SIM_STREAMS_MAX: u32 = 256;
 /// Reads and answers that wait for the simulator's driver of a connection.
 pub const SIM_CHUNKS_MAX: usize = 64;
+/// How long a stopping simulator goes on sending answers.
+pub const SIM_DRAIN_MS: u64 = 1000;
 /// Events a subscriber of the simulator may be behind before it is cut off.
 pub const SIM_EVENTS_MAX: usize = 10_000;
 
@@ -118,6 +128,24 @@ pub const MESSAGE_BYTES_MAX: usize = 1024;
 
 /// Workloads one agent keeps, ended ones included.
 pub const AGENT_WORKLOADS_MAX: usize = 4096;
+/// One workload as JSON.
+pub const WORKLOAD_BYTES_MAX: usize = 512 * 1024;
+/// All workloads of one agent as JSON: the runtime lists them as annotations, and its list is one message.
+pub const AGENT_SPECS_BYTES_MAX: usize = 8 << 20;
+/// `pids_max` of a workload that names none and shares the host's kernel.
+pub const PIDS_DEFAULT: u64 = 4096;
+/// What is removed in the background: sandboxes that nobody wants.
+pub const SWEEP_QUEUE_MAX: usize = 1024;
+/// A workload that must end now gets no more grace than this.
+pub const FORCED_GRACE_MS_MAX: u64 = 10_000;
+/// How long a worker waits for a polite stop before it turns to others.
+pub const STOP_WAIT_MS: u64 = 2000;
+/// Between two probes of a guest that does not answer, doubling up to [`PROBE_PAUSE_MS_MAX`].
+pub const PROBE_PAUSE_MS_MIN: u64 = 1000;
+/// Between two probes of a guest that does not answer.
+pub const PROBE_PAUSE_MS_MAX: u64 = 60_000;
+/// The truth of a runtime that was not listed for this long is too old to call it ready.
+pub const LIST_AGE_MS_MAX: u64 = 30_000;
 /// Starts waiting for a worker.
 pub const START_QUEUE_MAX: usize = 1024;
 /// A status older than this is asked for again before it is told.
@@ -162,6 +190,8 @@ pub const EXEC_MS_DEFAULT: u64 = 30_000;
 pub const EXEC_OUTPUT_BYTES_MAX: usize = 256 * 1024;
 /// Between two heartbeats on a `Watch`.
 pub const HEARTBEAT_MS: u64 = 10_000;
+/// The same for a client that closed its side: it may be gone.
+pub const HEARTBEAT_HALF_CLOSED_MS: u64 = 1000;
 /// Events a `Watch` may be behind before it is cut off.
 pub const WATCH_EVENTS_MAX: usize = 1024;
 /// Watches at a time.
@@ -170,7 +200,9 @@ pub const WATCHES_MAX: usize = 32;
 /// One physical line of a CRI log file as the runtime writes it (containerd splits at 16 KiB).
 pub const LOG_RECORD_BYTES_MAX: usize = 64 * 1024;
 /// A line joined of partial records; what is over is handed on in pieces of this size.
-pub const LOG_LINE_BYTES_MAX: usize = 256 * 1024;
+pub const LOG_LINE_BYTES_MAX: usize = 128 * 1024;
+/// What one look into a log file reads, before the client is looked at again.
+pub const LOG_BATCH_READ_BYTES_MAX: usize = 1 << 20;
 /// `tail` of a log request.
 pub const LOG_TAIL_MAX: u64 = 1_000_000;
 /// How often a follower looks whether the file grew.
@@ -188,6 +220,38 @@ pub const NODE_POOL_MAX: usize = 16;
 pub const NODE_CONNECT_MS_MAX: u64 = 2000;
 /// One quick request to an agent and its reply.
 pub const NODE_REQUEST_MS_MAX: u64 = 5000;
+/// Asking an agent how a workload is, before the last known truth is the answer.
+pub const NODE_STATUS_MS_MAX: u64 = 2000;
+/// How often a wait for an agent looks whether we are stopping or the client left.
+pub const NODE_WAIT_SLICE_MS: u64 = 500;
+/// Between two attempts to reach an agent, doubling from the first to the second.
+pub const NODE_PAUSE_MS_MIN: u64 = 100;
+/// Between two attempts to reach an agent.
+pub const NODE_PAUSE_MS_MAX: u64 = 5000;
+/// A `Watch` on which nothing came for this long is dead.
+pub const WATCH_SILENCE_MS_MAX: u64 = 3 * HEARTBEAT_MS;
+/// Threads that bring agents to what is desired.
+pub const DISPATCHERS: usize = 8;
+/// Of them, those that may be busy with one node at a time: a node that hangs must leave some to the others.
+pub const DISPATCHERS_PER_NODE_MAX: usize = 3;
+/// Workloads waiting for a dispatcher; what does not fit waits for the next pass.
+pub const DISPATCH_QUEUE_MAX: usize = 1024;
+/// Between two passes over all workloads.
+pub const RECONCILE_MS: u64 = 2000;
+/// Between two attempts on one workload, doubling from the first to the second.
+pub const RETRY_MS_MIN: u64 = 500;
+/// Between two attempts on one workload.
+pub const RETRY_MS_MAX: u64 = 30_000;
+/// Nodes whose reason not to be chosen is kept with a workload, or shown when there is no place.
+pub const PLACEMENT_REASONS_MAX: usize = 32;
+/// Items on one page of a list, when the request does not say.
+pub const PAGE_DEFAULT: usize = 100;
+/// `X-Request-Id`.
+pub const REQUEST_ID_BYTES_MAX: usize = 64;
+/// A log request that got no first line within this is taken for a quiet one, and its response begins.
+pub const LOG_FIRST_MS: u64 = 250;
+/// Log lines that lie ready are written together, up to this.
+pub const LOG_BATCH_BYTES: usize = 16 * 1024;
 
 /// A configuration file.
 pub const CONFIG_BYTES_MAX: usize = 1 << 20;
@@ -208,8 +272,13 @@ pub const PLAY_POLL_MS: u64 = 20;
 
 const _: () = assert!(HTTP_BODY_BYTES_MAX + 16 * 1024 < LINE_BYTES_MAX, "a body always fits one line to the agent");
 const _: () = assert!(EXEC_OUTPUT_BYTES_MAX * 3 < LINE_BYTES_MAX, "both exec outputs in base64 fit one reply");
-const _: () = assert!(LOG_LINE_BYTES_MAX * 3 < LINE_BYTES_MAX, "a log line, escaped, fits one reply");
+const _: () = assert!((LOG_LINE_BYTES_MAX + LOG_RECORD_BYTES_MAX) * 5 < LINE_BYTES_MAX, "a log line in base64-like escapes fits one reply");
+const _: () = assert!(AGENT_SPECS_BYTES_MAX + AGENT_WORKLOADS_MAX * 1536 < GRPC_MESSAGE_BYTES_MAX, "the runtime can list all workloads");
+const _: () = assert!(WORKLOAD_BYTES_MAX + 16 * 1024 < LINE_BYTES_MAX, "a workload and its status fit one reply");
 const _: () = assert!(LINE_BYTES_MAX < GRPC_MESSAGE_BYTES_MAX, "a workload always fits one CRI message");
 const _: () = assert!(HTTP_TARGET_BYTES_MAX < HTTP_HEAD_BYTES_MAX, "a long target is 414, not 431");
 const _: () = assert!(CRI_QUICK_MS_MAX < UNDO_MS_MAX, "an undo has time for several calls");
 const _: () = assert!(CLI_WAIT_SLICE_MS <= WAIT_MS_MAX, "the command line asks for waits that are granted");
+const _: () = assert!(NODE_REQUEST_MS_MAX < DRAIN_MS, "a quick request to an agent ends within the drain");
+const _: () = assert!(NODE_WAIT_SLICE_MS * 4 <= DRAIN_MS, "a long wait notices the drain in time");
+const _: () = assert!(DISPATCHERS_PER_NODE_MAX * 2 < DISPATCHERS, "two nodes that hang leave a dispatcher to the others");

@@ -4,7 +4,7 @@
 
 use std::error::Error;
 use std::fmt::{self, Write as _};
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
 use std::process::ExitCode;
 
 use crate::deadline::Timestamp;
@@ -141,6 +141,14 @@ impl fmt::Display for Quoted<'_> {
         }
         f.write_char('"')
     }
+}
+
+/// Twelve random characters of base 32 (RFC 4648, lower case): 60 bits, for names nobody chose.
+pub fn random_id() -> String {
+    let mut bytes = [0; 12];
+    // The kernel's generator is always there once the machine is up; without it every name here could be guessed.
+    std::fs::File::open("/dev/urandom").and_then(|mut f| f.read_exact(&mut bytes)).expect("the kernel has random bytes");
+    bytes.iter().map(|b| char::from(b"abcdefghijklmnopqrstuvwxyz234567"[usize::from(b & 31)])).collect()
 }
 
 /// Cuts `text` to at most `bytes_max` bytes at a character boundary, marking the cut.

@@ -131,15 +131,15 @@ impl fmt::Display for WorkloadId {
     }
 }
 
-/// The name of a runtime class, node, profile or set of credentials: an RFC 1123 label.
+/// The name of a runtime class, node, profile or set of credentials: as an RFC 1123 label, with `_` allowed inside.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Name(String);
 
 impl Name {
     /// # Errors
-    /// [`Unfit`] when the text is not an RFC 1123 label.
+    /// [`Unfit`] when the text is no such name.
     pub fn new(text: &str) -> Result<Self, Unfit> {
-        label("name", text).map(Self)
+        label("name", &text.replace('_', "-")).map(|_| Self(text.to_owned()))
     }
 
     /// The text.

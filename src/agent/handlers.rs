@@ -9,8 +9,9 @@ use crossbeam_channel::RecvTimeoutError;
 use serde_json::Value;
 
 use super::Agent;
-use super::logs::LogReader;
-use super::registry::Refusal;
+use super::logs::{LogReader, Tail};
+use super::node::Offer;
+use super::registry::{Container, Refusal};
 use super::work::is_allowed;
 use super::{node, reconcile};
 use crate::cri::runtime::Class;
@@ -20,8 +21,10 @@ use crate::limits;
 use crate::net::line::{LineError, LineReader};
 use crate::net::{self, Stream};
 use crate::report::Chain;
-use crate::wire::agent::{Class as ClassBody, Condition, ErrorCode, ErrorReply, ExecResult, LogRequest, Node, Received, Reply, Request};
-use crate::wire::{Problems, api};
+use crate::wire::agent::{
+    Class as ClassBody, Condition, ErrorCode, ErrorReply, ExecResult, LogRequest, Node, Received, Reply, Request, Until,
+};
+use crate::wire::{Problems, api, workload as wire_workload};
 use crate::workload::{Reason, State, Workload, WorkloadId};
 
 /// The client is gone, or too slow: nothing more can be said.
@@ -39,12 +42,13 @@ pub fn serve(agent: &Agent, mut stream: Stream, stopping: &AtomicBool) {
     while !stopping.load(Ordering::SeqCst) {
         let line = match lines.next(&mut stream, Deadline::within_ms(limits::IDLE_MS_MAX, "idle")) {
             Ok(Some(line)) if line.trim_ascii().is_empty() => continue,
+            Ok(Some(line)) if is_http(line) => return refuse_http(&mut stream),
             Ok(Some(line)) => Request::parse(line),
             Ok(None) => return,
             Err(error) => return refuse_line(&mut stream, &error),
         };
         let Received { seq, id, request } = line;
-        let mut client = Client { stream: &mut stream, seq, stopping };
+        let mut client = Client { stream: &mut stream, lines: &mut lines, seq, stopping: &agent.stopping };
         let result = match request {
             Ok(request) => handle(agent, request, &mut client),
             Err(problems) => client.send(&invalid(&problems, id)),
@@ -53,6 +57,18 @@ pub fn serve(agent: &Agent, mut stream: Stream, stopping: &AtomicBool) {
             return;
         }
     }
+}
+
+/// A browser can be made to send what it likes to a local port, after the head of an HTTP request: that head must be the end of it.
+fn is_http(line: &[u8]) -> bool {
+    let first = line.split(|b| *b == b' ').next().unwrap_or_default();
+    let is_method = (3..=7).contains(&first.len()) && first.len() < line.len() && first.iter().all(u8::is_ascii_uppercase);
+    is_method || line.get(..5).is_some_and(|start| start.eq_ignore_ascii_case(b"host:"))
+}
+
+fn refuse_http(stream: &mut Stream) {
+    let message = "this port speaks JSON lines, not HTTP; the HTTP API is the control plane's";
+    close_with(stream, &Reply::error(ErrorCode::InvalidArgument, message, None));
 }
 
 /// The complete answer for a client that gets no slot.
@@ -67,8 +83,12 @@ fn refuse_line(stream: &mut Stream, error: &LineError) {
         // Nobody is there, or nobody spoke.
         LineError::Idle(_) | LineError::Socket(_) => return,
     };
-    let reply = Reply::error(code, message, None).to_line(None);
-    if stream.write_all(&reply, Deadline::within_ms(limits::LINE_MS_MAX, "refusal")).is_ok() {
+    close_with(stream, &Reply::error(code, message, None));
+}
+
+/// Says a last word, and gives the client the time to read it.
+fn close_with(stream: &mut Stream, reply: &Reply) {
+    if stream.write_all(&reply.to_line(None), Deadline::within_ms(limits::LINE_MS_MAX, "refusal")).is_ok() {
         stream.linger(limits::LINGER_BYTES_MAX, Deadline::within_ms(limits::LINGER_MS_MAX, "linger"));
     }
 }
@@ -76,6 +96,7 @@ fn refuse_line(stream: &mut Stream, error: &LineError) {
 /// Where replies go.
 struct Client<'a> {
     stream: &'a mut Stream,
+    lines: &'a mut LineReader,
     seq: Option<Value>,
     stopping: &'a AtomicBool,
 }
@@ -89,6 +110,12 @@ impl Client<'_> {
     fn is_stopping(&self) -> bool {
         self.stopping.load(Ordering::SeqCst)
     }
+
+    /// How long an answer that goes on may be silent. A client that ended its side may only be listening (`nc -N`), or gone: which of
+    /// the two, only writing to it tells, so that is done more often.
+    fn silence_ms_max(&mut self) -> u64 {
+        if self.lines.is_closed(self.stream) { limits::HEARTBEAT_HALF_CLOSED_MS } else { limits::HEARTBEAT_MS }
+    }
 }
 
 fn handle(agent: &Agent, request: Request, client: &mut Client<'_>) -> Result<(), Hangup> {
@@ -96,32 +123,31 @@ fn handle(agent: &Agent, request: Request, client: &mut Client<'_>) -> Result<()
         // No listener asks for a token yet; one that is offered does no harm.
         Request::Auth { token: _ } => Reply::Ok,
         Request::DeleteWorkload { id, wait_ms } => delete(agent, &id, wait_ms, client),
-        Request::Exec { id, command, timeout_ms } => exec(agent, id, &command, timeout_ms),
+        Request::Exec { id, command, timeout_ms } => exec(agent, &id, &command, timeout_ms),
         Request::GetLogs(request) => return logs(agent, &request, client),
         Request::GetNode => Reply::Node(Box::new(describe(agent))),
         Request::GetStatus { id, wait } => {
             refresh(agent, &id);
-            let (until, ms) = wait.unwrap_or((crate::wire::agent::Until::Started, 0));
-            status_reply(id.clone(), agent.registry.wait(&id, until, Deadline::within_ms(ms, "wait"), client.stopping))
+            let (until, ms) = wait.unwrap_or((Until::Started, 0));
+            status_reply(&id, agent.registry.wait(&id, until, Deadline::within_ms(ms, "wait"), client.stopping))
         }
         Request::ListWorkloads { after, limit } => list(agent, after.as_ref(), limit),
         Request::Ping => Reply::Pong { version: env!("CARGO_PKG_VERSION").into() },
         Request::StartWorkload { workload, wait_ms } => start(agent, *workload, wait_ms, client),
         Request::StopWorkload { id, wait_ms } => {
             let stopped = agent.registry.want_stop(&id, Reason::Stopped, None);
-            let until = crate::wire::agent::Until::Terminal;
-            let waited = wait_ms.and_then(|ms| agent.registry.wait(&id, until, Deadline::within_ms(ms, "wait"), client.stopping));
-            status_reply(id, waited.or(stopped))
+            let waited = wait_ms.and_then(|ms| agent.registry.wait(&id, Until::Terminal, Deadline::within_ms(ms, "wait"), client.stopping));
+            status_reply(&id, waited.or(stopped))
         }
         Request::Watch => return watch(agent, client),
     };
     client.send(&reply)
 }
 
-fn status_reply(id: WorkloadId, status: Option<(State, crate::wire::Status)>) -> Reply {
+fn status_reply(id: &WorkloadId, status: Option<(State, crate::wire::Status)>) -> Reply {
     match status {
         Some((state, status)) => Reply::Status { id: id.to_string(), state, status: Box::new(status) },
-        None => not_found(&id),
+        None => not_found(id),
     }
 }
 
@@ -136,25 +162,27 @@ fn invalid(problems: &Problems, id: Option<String>) -> Reply {
 fn start(agent: &Agent, workload: Workload, wait_ms: Option<u64>, client: &Client<'_>) -> Reply {
     let id = workload.id.clone();
     let error = |code, message: String| Reply::error(code, message, Some(id.to_string()));
-    if !agent.registry.contains(&id) {
-        match check(agent, &workload) {
-            Ok(()) => {}
+    let accepted = match agent.registry.present(&workload) {
+        Some(answer) => answer,
+        // The rules of this node are for what is new; what it accepted once it does not take back.
+        None => match check(agent, &workload) {
+            Ok(offer) => agent.registry.accept(workload, offer.class, offer.endpoint),
             Err(Unfit::Rules(problems)) => return invalid(&problems, Some(id.to_string())),
             Err(Unfit::Now(message)) => return error(ErrorCode::Unavailable, message),
-        }
-    }
-    let accepted = match agent.registry.accept(workload) {
+        },
+    };
+    let accepted = match accepted {
         Ok(accepted) => accepted,
         Err(Refusal::Differs) => return error(ErrorCode::AlreadyExists, "another workload has this id".into()),
         Err(Refusal::Leaving) => return error(ErrorCode::Unavailable, "the former workload of this id is still being deleted".into()),
         Err(Refusal::Full) => {
-            let message = format!("this node keeps at most {} workloads; delete some that ended", limits::AGENT_WORKLOADS_MAX);
+            let (workloads, bytes) = (limits::AGENT_WORKLOADS_MAX, limits::AGENT_SPECS_BYTES_MAX);
+            let message = format!("this node keeps at most {workloads} workloads of {bytes} bytes together; delete some that ended");
             return error(ErrorCode::ResourceExhausted, message);
         }
     };
-    let until = crate::wire::agent::Until::Started;
-    let waited = wait_ms.and_then(|ms| agent.registry.wait(&id, until, Deadline::within_ms(ms, "wait"), client.stopping));
-    status_reply(id, Some(waited.unwrap_or(accepted)))
+    let waited = wait_ms.and_then(|ms| agent.registry.wait(&id, Until::Started, Deadline::within_ms(ms, "wait"), client.stopping));
+    status_reply(&id, Some(waited.unwrap_or(accepted)))
 }
 
 /// Why this node does not take a workload.
@@ -166,32 +194,35 @@ enum Unfit {
 }
 
 /// The rules that depend on this node's configuration. Nothing is accepted that could only fail.
-fn check(agent: &Agent, workload: &Workload) -> Result<(), Unfit> {
-    let offered = agent.node.classes();
-    let Some((class, endpoint, available)) = offered.iter().find(|(class, ..)| class.name == workload.runtime_class) else {
-        let names: Vec<&str> = offered.iter().map(|(class, ..)| class.name.as_str()).collect();
+fn check(agent: &Agent, workload: &Workload) -> Result<Offer, Unfit> {
+    let offers = agent.node.classes();
+    let names: Vec<String> = offers.iter().map(|offer| offer.class.name.to_string()).collect();
+    let Some(offer) = offers.into_iter().find(|offer| offer.class.name == workload.runtime_class) else {
         if names.is_empty() {
             return Err(Unfit::Now("this node offers no runtime class: its runtime did not answer yet, or lists no handlers".into()));
         }
         let detail = format!("unknown class; this node offers {}", names.join(", "));
         return Err(Unfit::Rules(Problems::one("/workload/runtime_class", detail)));
     };
-    let problems = broken_rules(agent, workload, class);
+    let problems = broken_rules(agent, workload, &offer.class);
     if !problems.is_empty() {
         return Err(Unfit::Rules(problems));
     }
-    if *available == Some(false) {
-        return Err(Unfit::Now(format!("the runtime does not list the handler {:?} of this class", class.handler)));
+    if offer.available == Some(false) {
+        return Err(Unfit::Now(format!("the runtime does not list the handler {:?} of this class", offer.class.handler)));
     }
-    if !endpoint.is_listed() {
+    if !agent.endpoint(offer.endpoint).is_listed() {
         return Err(Unfit::Now("the runtime was not listed since the agent started; it may already run this workload".into()));
     }
-    Ok(())
+    Ok(offer)
 }
 
 fn broken_rules(agent: &Agent, workload: &Workload, class: &Class) -> Problems {
     let mut problems = Problems::default();
     let spec = &workload.spec;
+    if serde_json::Value::Object(wire_workload::to_map(workload)).to_string().len() > limits::WORKLOAD_BYTES_MAX {
+        problems.add("/workload", format!("must be at most {} bytes", limits::WORKLOAD_BYTES_MAX));
+    }
     if spec.memory_mb < class.memory_mb_min {
         problems.add("/workload/memory_mb", format!("must be at least {} for class {}", class.memory_mb_min, class.name));
     }
@@ -211,17 +242,16 @@ fn broken_rules(agent: &Agent, workload: &Workload, class: &Class) -> Problems {
 
 /// Asks the runtime first when what is known of a running workload is not fresh.
 fn refresh(agent: &Agent, id: &WorkloadId) {
-    let Some((State::Running, class, Some(container_id), observed_at)) = agent.registry.container(id) else { return };
-    if Timestamp::now().as_millis().saturating_sub(observed_at.as_millis()) < limits::FRESH_MS {
+    let Some(Container { state: State::Running, id: Some(container_id), endpoint, observed_at, version }) = agent.registry.container(id)
+    else {
         return;
+    };
+    let endpoint = agent.endpoint(endpoint);
+    let is_fresh = Timestamp::now().as_millis().saturating_sub(observed_at.as_millis()) < limits::FRESH_MS;
+    // While the runtime does not answer, every question would wait for nothing; the relist says when it is back.
+    if !is_fresh && endpoint.health().error.is_none() {
+        reconcile::ask(agent, endpoint, id, version, &container_id);
     }
-    let Some(endpoint) = agent.node.endpoint(&class) else { return };
-    if endpoint.health().error.is_some() {
-        // The relist says when it is back; until then every question would wait for nothing.
-        return;
-    }
-    let version = agent.registry.known().into_iter().find(|k| k.id == *id).map(|k| k.version);
-    reconcile::ask(agent, &endpoint, id, version.unwrap_or(0), &container_id);
 }
 
 fn delete(agent: &Agent, id: &WorkloadId, wait_ms: Option<u64>, client: &Client<'_>) -> Reply {
@@ -251,14 +281,13 @@ fn list(agent: &Agent, after: Option<&WorkloadId>, limit: usize) -> Reply {
     }
 }
 
-fn exec(agent: &Agent, id: WorkloadId, command: &[String], timeout_ms: u64) -> Reply {
+fn exec(agent: &Agent, id: &WorkloadId, command: &[String], timeout_ms: u64) -> Reply {
     let error = |code, message: String| Reply::error(code, message, Some(id.to_string()));
-    let (class, container_id) = match agent.registry.container(&id) {
-        None => return not_found(&id),
-        Some((State::Running, class, Some(container_id), _)) => (class, container_id),
-        Some((state, ..)) => return error(ErrorCode::Unavailable, format!("the workload is {state}, not Running")),
+    let (endpoint, container_id) = match agent.registry.container(id) {
+        None => return not_found(id),
+        Some(Container { state: State::Running, id: Some(container_id), endpoint, .. }) => (agent.endpoint(endpoint), container_id),
+        Some(Container { state, .. }) => return error(ErrorCode::Unavailable, format!("the workload is {state}, not Running")),
     };
-    let Some(endpoint) = agent.node.endpoint(&class) else { return error(ErrorCode::Internal, "no runtime".into()) };
     let timeout_s = i64::try_from(timeout_ms.div_ceil(1000)).unwrap_or(1);
     let deadline = Deadline::within_ms(timeout_ms.saturating_add(limits::CRI_QUICK_MS_MAX), "exec");
     match endpoint.client.exec_sync(&container_id, command, timeout_s, deadline) {
@@ -266,7 +295,10 @@ fn exec(agent: &Agent, id: WorkloadId, command: &[String], timeout_ms: u64) -> R
         Err(e) if e.code() == Some(Code::DeadlineExceeded) || matches!(e.kind, crate::grpc::ErrorKind::Expired(_)) => {
             error(ErrorCode::DeadlineExceeded, format!("the command did not end within {timeout_ms} ms"))
         }
-        Err(e) if e.status().is_some() => error(ErrorCode::InvalidArgument, Chain(&e).to_string()),
+        // containerd says Unknown of a program that is not there.
+        Err(e) if matches!(e.code(), Some(Code::Unknown | Code::InvalidArgument | Code::NotFound)) => {
+            error(ErrorCode::InvalidArgument, Chain(&e).to_string())
+        }
         Err(e) => error(ErrorCode::Unavailable, Chain(&e).to_string()),
     }
 }
@@ -276,16 +308,14 @@ fn exec_result(stdout: &[u8], stderr: &[u8], exit_code: i32) -> ExecResult {
     let truncated = cut(stdout) || cut(stderr);
     let clip = |bytes: &[u8]| bytes.get(..limits::EXEC_OUTPUT_BYTES_MAX).unwrap_or(bytes).to_vec();
     let (stdout, stderr) = (clip(stdout), clip(stderr));
-    match (String::from_utf8(stdout), String::from_utf8(stderr)) {
-        (Ok(stdout), Ok(stderr)) => ExecResult { exit_code, stdout, stderr, encoding: "utf-8".into(), truncated },
-        (stdout, stderr) => {
-            let encode = |result: Result<String, std::string::FromUtf8Error>| match result {
-                Ok(text) => BASE64.encode(text),
-                Err(error) => BASE64.encode(error.into_bytes()),
-            };
-            ExecResult { exit_code, stdout: encode(stdout), stderr: encode(stderr), encoding: "base64".into(), truncated }
-        }
-    }
+    // A control character takes six bytes in JSON, base64 never more than four for three.
+    let is_plain = |bytes: &[u8]| bytes.iter().all(|b| *b >= b' ' || matches!(b, b'\n' | b'\r' | b'\t'));
+    let texts = (is_plain(&stdout) && is_plain(&stderr)).then(|| std::str::from_utf8(&stdout).ok().zip(std::str::from_utf8(&stderr).ok()));
+    let (encoding, stdout, stderr) = match texts.flatten() {
+        Some((stdout, stderr)) => ("utf-8", stdout.to_owned(), stderr.to_owned()),
+        None => ("base64", BASE64.encode(&stdout), BASE64.encode(&stderr)),
+    };
+    ExecResult { exit_code, stdout, stderr, encoding: encoding.into(), truncated }
 }
 
 fn logs(agent: &Agent, request: &LogRequest, client: &mut Client<'_>) -> Result<(), Hangup> {
@@ -294,35 +324,49 @@ fn logs(agent: &Agent, request: &LogRequest, client: &mut Client<'_>) -> Result<
         return client.send(&not_found(id));
     }
     let mut reader = LogReader::new(agent.log_dir(id), request);
-    let failed = |error: std::io::Error| Reply::error(ErrorCode::Internal, format!("cannot read the log: {error}"), Some(id.to_string()));
-    if let Some(tail) = request.tail {
-        match reader.read_tail(tail) {
-            Ok(lines) => lines.into_iter().try_for_each(|line| client.send(&Reply::Log(line)))?,
-            Err(error) => return client.send(&failed(error)),
-        }
-    }
+    let mut tail = request.tail.map(Tail::new);
     let mut quiet = Stopwatch::start();
     loop {
         // Asked before reading: what was written before the end is then always read.
-        let until = crate::wire::agent::Until::Terminal;
         let state = agent.registry.status(id).map(|(state, _)| state);
-        let is_over = !request.follow || client.is_stopping() || state.is_none_or(State::is_terminal);
-        match reader.read() {
-            Ok(lines) if lines.is_empty() && is_over => return client.send(&Reply::LogEnd { id: id.to_string() }),
-            Ok(lines) if lines.is_empty() => {
-                if quiet.elapsed_ms() >= limits::HEARTBEAT_MS {
-                    // Also how a client that left is noticed.
-                    client.send(&heartbeat(agent))?;
-                    quiet = Stopwatch::start();
-                }
-                agent.registry.wait(id, until, Deadline::within_ms(limits::LOG_FOLLOW_MS, "follow"), client.stopping);
+        let is_ended = state.is_none_or(State::is_terminal);
+        let batch = match reader.read() {
+            Ok(batch) => batch,
+            Err(error) => {
+                log::warn!("workload {id}: cannot read its log: {error}");
+                return client.send(&Reply::error(ErrorCode::Internal, "cannot read the log", Some(id.to_string())));
             }
-            Ok(lines) => {
-                lines.into_iter().try_for_each(|line| client.send(&Reply::Log(line)))?;
+        };
+        match &mut tail {
+            Some(tail) => tail.push(batch.lines),
+            None if batch.lines.is_empty() => {}
+            None => {
+                batch.lines.into_iter().try_for_each(|line| client.send(&Reply::Log(line)))?;
                 quiet = Stopwatch::start();
             }
-            Err(error) => return client.send(&failed(error)),
         }
+        if client.is_stopping() {
+            return Err(Hangup);
+        }
+        if quiet.elapsed_ms() >= client.silence_ms_max() {
+            // Also how a client that left is noticed.
+            client.send(&heartbeat(agent))?;
+            quiet = Stopwatch::start();
+        }
+        if !batch.at_end {
+            continue;
+        }
+        // A line without its end is handed on only when nobody will write that end.
+        let mut rest = if is_ended { reader.finish() } else { Vec::new() };
+        if let Some(mut tail) = tail.take() {
+            tail.push(std::mem::take(&mut rest));
+            rest = tail.into_lines().collect();
+        }
+        rest.into_iter().try_for_each(|line| client.send(&Reply::Log(line)))?;
+        if is_ended || !request.follow {
+            return client.send(&Reply::LogEnd { id: id.to_string() });
+        }
+        agent.registry.wait(id, Until::Terminal, Deadline::within_ms(limits::LOG_FOLLOW_MS, "follow"), client.stopping);
     }
 }
 
@@ -347,7 +391,7 @@ fn watch(agent: &Agent, client: &mut Client<'_>) -> Result<(), Hangup> {
                 client.send(&Reply::Event((*event).clone()))?;
                 quiet = Stopwatch::start();
             }
-            Err(RecvTimeoutError::Timeout) if quiet.elapsed_ms() >= limits::HEARTBEAT_MS => {
+            Err(RecvTimeoutError::Timeout) if quiet.elapsed_ms() >= client.silence_ms_max() => {
                 client.send(&heartbeat(agent))?;
                 quiet = Stopwatch::start();
             }
@@ -364,40 +408,43 @@ fn watch(agent: &Agent, client: &mut Client<'_>) -> Result<(), Hangup> {
 
 /// The node, as it is now.
 fn describe(agent: &Agent) -> Node {
-    let classes = agent.node.classes();
+    let offers = agent.node.classes();
     let several = agent.node.endpoints.len() > 1;
     let mut conditions = Vec::new();
     let mut oldest: Option<Timestamp> = None;
     for endpoint in &agent.node.endpoints {
         let health = endpoint.health();
         let at = if several { format!(" ({})", endpoint.client.endpoint().display()) } else { String::new() };
-        let answers = health.error.is_none() && health.listed_at.is_some();
-        let message = health.error.unwrap_or_else(|| if answers { "answers".into() } else { "not listed yet".into() });
-        conditions.push(Condition { r#type: format!("RuntimeAnswers{at}"), ok: answers, message });
+        let age_ms = health.listed_at.map(|at| Timestamp::now().as_millis().saturating_sub(at.as_millis()));
+        let (ok, message) = match (health.error, age_ms) {
+            (Some(error), _) => (false, error),
+            (None, None) => (false, "not listed yet".to_owned()),
+            (None, Some(ms)) if ms > limits::LIST_AGE_MS_MAX => (false, format!("not listed for {} s", ms / 1000)),
+            (None, Some(_)) => (true, "answers".to_owned()),
+        };
+        conditions.push(Condition { r#type: format!("RuntimeAnswers{at}"), ok, message });
         conditions.extend(health.conditions.into_iter().map(|c| Condition { r#type: format!("{}{at}", c.r#type), ..c }));
         oldest = match (oldest, health.listed_at) {
             (Some(a), Some(b)) => Some(a.min(b)),
             (a, b) => a.or(b),
         };
     }
-    let overhead = |name: &crate::workload::Name| classes.iter().find(|(c, ..)| c.name == *name).map_or(0, |(c, ..)| c.overhead_mb);
-    let allocated = agent.registry.allocated(overhead);
-    let body = |(class, endpoint, available): &(Class, std::sync::Arc<node::Endpoint>, Option<bool>)| ClassBody {
+    let body = |Offer { class, endpoint, available }: &Offer| ClassBody {
         name: class.name.to_string(),
         handler: class.handler.clone(),
         own_kernel: class.own_kernel,
         available: *available,
         overhead_mb: class.overhead_mb,
         memory_mb_min: class.memory_mb_min,
-        runtime: endpoint.health().runtime,
+        runtime: agent.endpoint(*endpoint).health().runtime,
     };
     Node {
         node_id: agent.registry.node().to_string(),
-        ready: conditions.iter().all(|c| c.ok) && !classes.is_empty() && !agent.is_stopping(),
+        ready: conditions.iter().all(|c| c.ok) && !offers.is_empty() && !agent.is_stopping(),
         conditions,
-        runtime_classes: classes.iter().map(body).collect(),
+        runtime_classes: offers.iter().map(body).collect(),
         capacity: agent.node.capacity,
-        allocated,
+        allocated: agent.registry.allocated(),
         labels: api::text_map(&agent.labels),
         version: env!("CARGO_PKG_VERSION").into(),
         host_kernel: agent.registry.host_kernel().unwrap_or_default().to_owned(),

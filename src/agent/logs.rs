@@ -21,7 +21,7 @@ pub struct LogReader {
     /// Bytes read and not yet part of a record.
     rest: Vec<u8>,
     /// Lines begun, by stream.
-    partial: [Vec<u8>; 2],
+    partial: [Partial; 2],
     since: Option<Timestamp>,
     stream: Option<LogStream>,
 }
@@ -33,55 +33,41 @@ impl LogReader {
         Self { dir, attempt: None, file: None, rest: Vec::new(), partial: Default::default(), since: *since, stream: *stream }
     }
 
-    /// The lines that are there beyond those read before, a bounded batch of them; empty at the present end.
+    /// Reads on, a bounded piece of what is there beyond what was read before.
     ///
     /// # Errors
     /// Those of the files; a missing file is an empty one.
-    pub fn read(&mut self) -> io::Result<Vec<LogLine>> {
-        loop {
+    pub fn read(&mut self) -> io::Result<Batch> {
+        let mut lines = Vec::new();
+        for _ in 0..limits::LOG_BATCH_READ_BYTES_MAX / CHUNK_BYTES {
             if self.file.is_none() && !self.open_next()? {
-                return Ok(Vec::new());
+                return Ok(Batch { lines, at_end: true });
             }
             let mut chunk = vec![0; CHUNK_BYTES];
             let read = self.file.as_mut().map_or(Ok(0), |file| file.read(&mut chunk))?;
-            if read == 0 {
-                // The next attempt's file means that this one is complete.
-                if self.next_attempt()?.is_none() {
-                    return Ok(Vec::new());
+            if read > 0 {
+                lines.extend(self.take_lines(chunk.get(..read).unwrap_or_default()));
+                if !lines.is_empty() {
+                    return Ok(Batch { lines, at_end: false });
                 }
-                self.file = None;
-                self.rest.clear();
                 continue;
             }
-            let lines = self.take_lines(chunk.get(..read).unwrap_or_default());
-            if !lines.is_empty() {
-                return Ok(lines);
+            // The next attempt's file means that this one is complete.
+            if self.next_attempt()?.is_none() {
+                return Ok(Batch { lines, at_end: true });
             }
+            lines.extend(self.finish());
+            self.file = None;
+            self.rest.clear();
         }
+        Ok(Batch { lines, at_end: false })
     }
 
-    /// Skips to the last `tail` lines of what is there now.
-    ///
-    /// # Errors
-    /// Those of the files.
-    pub fn read_tail(&mut self, tail: u64) -> io::Result<Vec<LogLine>> {
-        let keep = usize::try_from(tail).unwrap_or(usize::MAX);
-        let mut last = VecDeque::new();
-        let mut bytes = 0usize;
-        loop {
-            let lines = self.read()?;
-            if lines.is_empty() {
-                return Ok(last.into());
-            }
-            for line in lines {
-                bytes += line.line.len();
-                last.push_back(line);
-                // Whoever asks for more than fits gets the end of it, as with any tail.
-                while last.len() > keep || bytes > TAIL_BYTES_MAX {
-                    bytes -= last.pop_front().map_or(0, |line: LogLine| line.line.len());
-                }
-            }
-        }
+    /// The lines that were begun and not ended, when nothing more will be written: a last line needs no newline.
+    pub fn finish(&mut self) -> Vec<LogLine> {
+        let begun = [LogStream::Stdout, LogStream::Stderr].into_iter().zip(std::mem::take(&mut self.partial));
+        let lines: Vec<_> = begun.filter(|(_, partial)| !partial.text.is_empty()).collect();
+        lines.into_iter().filter_map(|(stream, partial)| self.select(stream, partial)).collect()
     }
 
     fn open_next(&mut self) -> io::Result<bool> {
@@ -122,15 +108,74 @@ impl LogReader {
         let text = parts.next().unwrap_or_default();
         let is_partial = tags.split(|b| *b == b':').any(|tag| tag == b"P");
         let partial = &mut self.partial[usize::from(stream == LogStream::Stderr)];
-        partial.extend_from_slice(text);
-        if is_partial && partial.len() < limits::LOG_LINE_BYTES_MAX {
+        if partial.text.is_empty() {
+            time.clone_into(&mut partial.time);
+        }
+        partial.text.extend_from_slice(text);
+        if is_partial && partial.text.len() < limits::LOG_LINE_BYTES_MAX {
             return None;
         }
-        let line = std::mem::take(partial);
-        let wanted =
-            self.stream.is_none_or(|s| s == stream) && self.since.is_none_or(|since| parse_time(time).is_none_or(|time| time >= since));
-        wanted.then(|| LogLine { stream, time: time.to_owned(), line: String::from_utf8_lossy(&line).into_owned() })
+        let whole = std::mem::take(partial);
+        self.select(stream, whole)
     }
+
+    fn select(&self, stream: LogStream, Partial { time, text }: Partial) -> Option<LogLine> {
+        let is_recent = |since| parse_time(&time).is_none_or(|time| time >= since);
+        let wanted = self.stream.is_none_or(|s| s == stream) && self.since.is_none_or(is_recent);
+        wanted.then(|| LogLine { stream, line: String::from_utf8_lossy(&text).into_owned(), time })
+    }
+}
+
+/// A line that was begun, and when.
+#[derive(Debug, Default)]
+struct Partial {
+    time: String,
+    text: Vec<u8>,
+}
+
+/// A piece of the output.
+#[derive(Debug)]
+pub struct Batch {
+    /// Those asked for; may be none although there is more to read.
+    pub lines: Vec<LogLine>,
+    /// Nothing more is there now.
+    pub at_end: bool,
+}
+
+/// The last lines of an output, within bounds.
+#[derive(Debug)]
+pub struct Tail {
+    keep: usize,
+    lines: VecDeque<LogLine>,
+    bytes: usize,
+}
+
+impl Tail {
+    /// At most so many lines.
+    pub fn new(lines: u64) -> Self {
+        Self { keep: usize::try_from(lines).unwrap_or(usize::MAX), lines: VecDeque::new(), bytes: 0 }
+    }
+
+    /// Adds lines at the end. Whoever asks for more than fits gets the end of it, as with any tail.
+    pub fn push(&mut self, lines: Vec<LogLine>) {
+        for line in lines {
+            self.bytes += cost(&line);
+            self.lines.push_back(line);
+            while self.lines.len() > self.keep || self.bytes > TAIL_BYTES_MAX {
+                self.bytes -= self.lines.pop_front().map_or(self.bytes, |line| cost(&line));
+            }
+        }
+    }
+
+    /// What is left.
+    pub fn into_lines(self) -> impl Iterator<Item = LogLine> {
+        self.lines.into_iter()
+    }
+}
+
+/// What a line takes in memory, about.
+fn cost(line: &LogLine) -> usize {
+    line.line.len() + line.time.len() + size_of::<LogLine>()
 }
 
 const CHUNK_BYTES: usize = 64 * 1024;
@@ -196,8 +241,23 @@ mod tests {
         }
     }
 
-    fn texts(lines: Vec<LogLine>) -> Vec<String> {
+    fn texts(lines: impl IntoIterator<Item = LogLine>) -> Vec<String> {
         lines.into_iter().map(|l| l.line).collect()
+    }
+
+    fn read(reader: &mut LogReader) -> Vec<String> {
+        texts(reader.read().expect("read").lines)
+    }
+
+    fn tail(reader: &mut LogReader, lines: u64) -> Vec<String> {
+        let mut tail = Tail::new(lines);
+        loop {
+            let batch = reader.read().expect("read");
+            tail.push(batch.lines);
+            if batch.at_end {
+                return texts(tail.into_lines());
+            }
+        }
     }
 
     #[test]
@@ -209,21 +269,34 @@ mod tests {
              2026-01-01T00:00:00Z stdout F three\n2026-01-01T00:00:00Z stdout F \nnonsense\n",
         );
         let mut reader = LogReader::new(dir.0.clone(), &request(None, None));
-        assert_eq!(texts(reader.read().expect("read")), ["err", "one two three", ""]);
+        assert_eq!(read(&mut reader), ["err", "one two three", ""]);
+    }
+
+    #[test]
+    fn a_last_line_needs_no_newline() {
+        let dir = Dir::new("unended");
+        dir.append("0.log", "2026-01-01T00:00:00Z stdout P result\n");
+        let mut reader = LogReader::new(dir.0.clone(), &request(None, None));
+        assert!(read(&mut reader).is_empty());
+        assert_eq!(texts(reader.finish()), ["result"]);
+        assert!(reader.finish().is_empty());
+        dir.append("0.log", "2026-01-01T00:00:00Z stdout P half\n");
+        dir.append("1.log", "2026-01-01T00:00:00Z stdout F whole\n");
+        assert_eq!(read(&mut reader), ["half", "whole"], "the next attempt ends a line of the one before");
     }
 
     #[test]
     fn a_record_is_read_when_it_is_complete_and_once() {
         let dir = Dir::new("growing");
         let mut reader = LogReader::new(dir.0.clone(), &request(None, None));
-        assert!(reader.read().expect("no file yet").is_empty());
+        assert!(read(&mut reader).is_empty(), "no file yet");
         dir.append("0.log", "2026-01-01T00:00:00Z stdout F ha");
-        assert!(reader.read().expect("half a record").is_empty());
+        assert!(read(&mut reader).is_empty(), "half a record");
         dir.append("0.log", "lf\n");
-        assert_eq!(texts(reader.read().expect("read")), ["half"]);
-        assert!(reader.read().expect("the end").is_empty());
+        assert_eq!(read(&mut reader), ["half"]);
+        assert!(read(&mut reader).is_empty(), "the end");
         dir.append("1.log", "2026-01-01T00:00:00Z stdout F next attempt\n");
-        assert_eq!(texts(reader.read().expect("read")), ["next attempt"]);
+        assert_eq!(read(&mut reader), ["next attempt"]);
     }
 
     #[test]
@@ -233,12 +306,12 @@ mod tests {
             dir.append("0.log", &format!("2026-01-01T02:00:0{i}.5+02:00 {} F line {i}\n", if i % 2 == 0 { "stdout" } else { "stderr" }));
         }
         let mut reader = LogReader::new(dir.0.clone(), &request(Some("2026-01-01T00:00:07Z"), None));
-        assert_eq!(texts(reader.read().expect("read")), ["line 7", "line 8", "line 9"]);
+        assert_eq!(read(&mut reader), ["line 7", "line 8", "line 9"]);
         let mut reader = LogReader::new(dir.0.clone(), &request(None, Some(LogStream::Stderr)));
-        assert_eq!(texts(reader.read_tail(2).expect("read")), ["line 7", "line 9"]);
+        assert_eq!(tail(&mut reader, 2), ["line 7", "line 9"]);
         let mut reader = LogReader::new(dir.0.clone(), &request(None, None));
-        assert!(reader.read_tail(0).expect("read").is_empty());
-        assert!(reader.read().expect("read on").is_empty());
+        assert!(tail(&mut reader, 0).is_empty());
+        assert!(read(&mut reader).is_empty());
     }
 
     #[test]

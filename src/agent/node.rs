@@ -2,7 +2,7 @@
 //!
 //! Invariant: a class is offered only under a handler that is named, and that the runtime lists where it lists any.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -165,8 +165,8 @@ impl Node {
         Ok(Self { endpoints, configured: config.classes.clone(), capacity, started_at: Timestamp::now() })
     }
 
-    /// The classes on offer, each with its endpoint and whether the runtime has its handler (unknown where it lists none).
-    pub fn classes(&self) -> Vec<(Class, Arc<Endpoint>, Option<bool>)> {
+    /// The classes on offer.
+    pub fn classes(&self) -> Vec<Offer> {
         let derived;
         let configured = if self.configured.is_empty() {
             derived = self.endpoints.first().map(|e| derive_classes(e)).unwrap_or_default();
@@ -174,39 +174,46 @@ impl Node {
         } else {
             &self.configured
         };
-        let class = |config: &ClassConfig| {
-            let endpoint = self.endpoint_at(config.endpoint.as_deref())?;
-            let available = endpoint.health().handlers.map(|handlers| handlers.contains(&config.handler));
-            let class = Class {
-                name: config.name.clone(),
-                handler: config.handler.clone(),
-                own_kernel: config.own_kernel,
-                annotations: config.annotations.clone(),
-                overhead_mb: config.overhead_mb,
-                memory_mb_min: config.memory_mb_min,
-                sandbox_ms_max: config.start_timeout_ms,
-            };
-            Some((class, endpoint, available))
-        };
-        configured.iter().filter_map(class).collect()
+        configured.iter().filter_map(|config| self.offer(config)).collect()
     }
 
     /// A class by name.
-    pub fn class(&self, name: &Name) -> Option<(Class, Arc<Endpoint>, Option<bool>)> {
-        self.classes().into_iter().find(|(class, ..)| class.name == *name)
+    pub fn class(&self, name: &Name) -> Option<Offer> {
+        self.classes().into_iter().find(|offer| offer.class.name == *name)
     }
 
-    /// The endpoint of a class, or the default one for a class that is no longer configured.
-    pub fn endpoint(&self, class: &Name) -> Option<Arc<Endpoint>> {
-        self.class(class).map(|(_, endpoint, _)| endpoint).or_else(|| self.endpoints.first().cloned())
+    /// Whether a runtime has a handler; unknown where it lists none.
+    pub fn has_handler(&self, endpoint: usize, handler: &str) -> Option<bool> {
+        self.endpoints.get(endpoint)?.lock().handlers.as_ref().map(|handlers| handlers.iter().any(|h| h == handler))
     }
 
-    fn endpoint_at(&self, path: Option<&Path>) -> Option<Arc<Endpoint>> {
-        match path {
-            None => self.endpoints.first().cloned(),
-            Some(path) => self.endpoints.iter().find(|e| e.client.endpoint() == path).cloned(),
-        }
+    fn offer(&self, config: &ClassConfig) -> Option<Offer> {
+        let endpoint = match &config.endpoint {
+            None => 0,
+            Some(path) => self.endpoints.iter().position(|e| e.client.endpoint() == path)?,
+        };
+        let class = Class {
+            name: config.name.clone(),
+            handler: config.handler.clone(),
+            own_kernel: config.own_kernel,
+            annotations: config.annotations.clone(),
+            overhead_mb: config.overhead_mb,
+            memory_mb_min: config.memory_mb_min,
+            sandbox_ms_max: config.start_timeout_ms,
+        };
+        Some(Offer { available: self.has_handler(endpoint, &class.handler), class, endpoint })
     }
+}
+
+/// A class this node offers.
+#[derive(Clone, Debug)]
+pub struct Offer {
+    /// What it is.
+    pub class: Class,
+    /// The runtime that makes it, by its place among the endpoints.
+    pub endpoint: usize,
+    /// Whether that runtime lists its handler; unknown where it lists none.
+    pub available: Option<bool>,
 }
 
 /// Classes for a node whose configuration names none: the conventional names for the handlers the runtime lists.
@@ -257,28 +264,27 @@ fn machine_cpu_millicores() -> u64 {
     std::thread::available_parallelism().map_or(1000, |n| n.get() as u64 * 1000)
 }
 
-/// Handles on the sockets of streams that wait for ever, so that stopping can end them.
+/// Handles on the sockets of streams that wait for ever, one for each endpoint, so that stopping can end them.
 #[derive(Default)]
-pub struct Stoppers(Mutex<Option<Vec<Stream>>>);
+pub struct Stoppers(Mutex<(bool, BTreeMap<usize, Stream>)>);
 
 impl Stoppers {
-    /// None yet.
-    pub fn new() -> Self {
-        Self(Mutex::new(Some(Vec::new())))
-    }
-
-    /// Adds one; when stopping has begun, it is ended at once.
-    pub fn add(&self, stream: Stream) {
-        match &mut *self.0.lock().unwrap_or_else(PoisonError::into_inner) {
-            Some(streams) => streams.push(stream),
-            None => stream.shutdown(std::net::Shutdown::Both),
+    /// Sets or forgets the stream of an endpoint; when stopping has begun, it is ended at once.
+    pub fn set(&self, endpoint: usize, stream: Option<Stream>) {
+        let mut inner = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (is_stopping, streams) = &mut *inner;
+        match stream {
+            Some(stream) if *is_stopping => stream.shutdown(std::net::Shutdown::Both),
+            Some(stream) => drop(streams.insert(endpoint, stream)),
+            None => drop(streams.remove(&endpoint)),
         }
     }
 
     /// Ends all, and those still to come.
     pub fn stop(&self) {
-        let streams = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
-        for stream in streams.into_iter().flatten() {
+        let mut inner = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        inner.0 = true;
+        for stream in std::mem::take(&mut inner.1).into_values() {
             stream.shutdown(std::net::Shutdown::Both);
         }
     }

@@ -8,9 +8,6 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
-
-use crossbeam_channel::{Receiver, select};
 
 use super::Agent;
 use super::node::Endpoint;
@@ -55,12 +52,7 @@ pub enum Action {
         message: String,
     },
     /// Nobody wants it: remove it.
-    Sweep {
-        /// The runtime's name for it.
-        sandbox_id: String,
-        /// The workload it was for.
-        workload: String,
-    },
+    Sweep(Seen),
     /// The runtime has no sandbox of it.
     Vanished {
         /// Which.
@@ -70,81 +62,87 @@ pub enum Action {
     },
 }
 
-/// Compares what was known with what was then seen. `handler_of` names the handler a class asks for; `first` is the first list since
-/// the agent started, in which whatever lives is taken up.
-pub fn plan(known: &[Known], seen: &[Seen], first: bool, handler_of: impl Fn(&Known) -> Option<String>) -> Vec<Action> {
-    let mut newest: BTreeMap<&str, &Seen> = BTreeMap::new();
+/// Compares what was known with what the runtime `endpoint` was then seen to have. `first` is the first list since the agent started,
+/// in which whatever lives is taken up.
+pub fn plan(known: &[Known], seen: &[Seen], endpoint: usize, first: bool) -> Vec<Action> {
     let mut actions = Vec::new();
-    let sweep = |seen: &Seen| Action::Sweep { sandbox_id: seen.sandbox_id.clone(), workload: seen.workload.clone() };
+    let mut owned: BTreeMap<&WorkloadId, &Seen> = BTreeMap::new();
+    let mut unknown: BTreeMap<&str, &Seen> = BTreeMap::new();
     for sandbox in seen {
-        match newest.get(sandbox.workload.as_str()) {
-            Some(other) if other.attempt >= sandbox.attempt => actions.push(sweep(sandbox)),
-            Some(other) => {
-                actions.push(sweep(other));
-                newest.insert(&sandbox.workload, sandbox);
+        match known.iter().find(|k| k.id.as_str() == sandbox.workload) {
+            Some(entry) if entry.owns(sandbox) => {
+                owned.insert(&entry.id, sandbox);
             }
-            None => {
-                newest.insert(&sandbox.workload, sandbox);
-            }
+            // It may be what the start in flight is about.
+            Some(entry) if entry.is_busy && entry.uid == sandbox.uid => {}
+            // What a failed start left, an earlier attempt, or an earlier workload of the same id.
+            Some(_) => actions.push(Action::Sweep(sandbox.clone())),
+            // Half a start, or the late effect of one that was given up, has nothing anybody could want.
+            None if !first || !sandbox.has_lived() => actions.push(Action::Sweep(sandbox.clone())),
+            None => match unknown.get(sandbox.workload.as_str()) {
+                Some(other) if other.created_at >= sandbox.created_at => actions.push(Action::Sweep(sandbox.clone())),
+                other => {
+                    actions.extend(other.map(|other| Action::Sweep((*other).clone())));
+                    unknown.insert(&sandbox.workload, sandbox);
+                }
+            },
         }
     }
-    for entry in known {
-        let sandbox = newest.remove(entry.id.as_str());
-        actions.extend(compare(entry, sandbox, handler_of(entry)));
+    for entry in known.iter().filter(|entry| entry.endpoint == endpoint) {
+        actions.extend(compare(entry, owned.get(&entry.id).copied()));
     }
-    for unknown in newest.into_values() {
-        let lived = unknown.container.as_ref().is_some_and(|c| c.state != ContainerState::ContainerCreated);
-        // Half a start, or the late effect of one that was given up, has nothing anybody could want.
-        actions.push(if first && lived { Action::Adopt(unknown.clone()) } else { sweep(unknown) });
-    }
+    actions.extend(unknown.into_values().map(|sandbox| Action::Adopt(sandbox.clone())));
     actions
 }
 
-fn compare(entry: &Known, sandbox: Option<&Seen>, handler: Option<String>) -> Option<Action> {
+impl Known {
+    fn owns(&self, sandbox: &Seen) -> bool {
+        self.made.as_ref().is_some_and(|(sandbox_id, _)| *sandbox_id == sandbox.sandbox_id)
+    }
+}
+
+impl Seen {
+    fn has_lived(&self) -> bool {
+        self.container.as_ref().is_some_and(|c| c.state != ContainerState::ContainerCreated)
+    }
+}
+
+/// What is to be done about an entry whose sandbox was seen, or was not.
+fn compare(entry: &Known, sandbox: Option<&Seen>) -> Option<Action> {
+    if entry.is_busy || entry.state != State::Running {
+        return None;
+    }
     let (id, version) = (entry.id.clone(), entry.version);
-    if entry.is_busy {
-        return None;
-    }
-    let Some(sandbox) = sandbox else {
-        return (entry.state == State::Running).then_some(Action::Vanished { id, version });
-    };
-    let Some((_, container_id)) = entry.made.as_ref().filter(|(sandbox_id, _)| *sandbox_id == sandbox.sandbox_id) else {
-        // What a failed start left, or an earlier attempt.
-        return Some(Action::Sweep { sandbox_id: sandbox.sandbox_id.clone(), workload: sandbox.workload.clone() });
-    };
-    if entry.state != State::Running {
-        return None;
-    }
-    let container_id = container_id.clone();
+    let Some(sandbox) = sandbox else { return Some(Action::Vanished { id, version }) };
+    let container_id = entry.made.as_ref().map(|(_, container_id)| container_id.clone())?;
+    let kill = |reason, message| (!entry.is_ending).then(|| Action::Kill { id: id.clone(), reason, message });
     match &sandbox.container {
-        _ if handler.as_ref().is_some_and(|h| *h != sandbox.handler) => {
-            let message =
-                format!("asked for a sandbox of handler {:?}, the runtime now reports {:?}", handler.unwrap_or_default(), sandbox.handler);
-            Some(Action::Kill { id, reason: Reason::IsolationMismatch, message })
+        _ if entry.handler.as_deref() != Some(&sandbox.handler) => {
+            let was = entry.handler.as_deref().unwrap_or_default();
+            let message = format!("the sandbox had handler {was:?} when it started, the runtime now reports {:?}", sandbox.handler);
+            kill(Reason::IsolationMismatch, message)
         }
         Some(container) if container.state == ContainerState::ContainerRunning && sandbox.is_ready => {
             Some(Action::Confirm { id, container_id })
         }
         Some(container) if container.state == ContainerState::ContainerRunning => {
-            Some(Action::Kill { id, reason: Reason::SandboxDied, message: "the sandbox is not ready any more".into() })
+            kill(Reason::SandboxDied, "the sandbox is not ready any more".into())
         }
         Some(_) | None => Some(Action::Ask { id, version, container_id }),
     }
 }
 
-/// Relists one endpoint until the agent stops; `wake` asks for one at once.
-pub fn relist_loop(agent: &Agent, endpoint: &Arc<Endpoint>, wake: &Receiver<()>) {
+/// Relists one endpoint until the agent stops.
+pub fn relist_loop(agent: &Agent, index: usize, endpoint: &Arc<Endpoint>) {
     let mut health = Stopwatch::start();
     endpoint.refresh();
     loop {
-        relist(agent, endpoint);
+        relist(agent, index, endpoint);
         let with_events = if endpoint.has_events() { limits::RELIST_WITH_EVENTS_MS_DEFAULT } else { limits::RELIST_MS_DEFAULT };
         // A runtime that does not answer is asked more often than one whose events keep us informed.
         let ms = if endpoint.health().error.is_some() { limits::RELIST_MS_DEFAULT } else { agent.relist_ms.unwrap_or(with_events) };
-        select! {
-            recv(wake) -> _ => {}
-            recv(agent.stop) -> _ => return,
-            default(Duration::from_millis(ms)) => {}
+        if !agent.pause(ms) {
+            return;
         }
         if health.elapsed_ms() >= limits::HEARTBEAT_MS || endpoint.health().runtime.is_none() {
             endpoint.refresh();
@@ -153,26 +151,28 @@ pub fn relist_loop(agent: &Agent, endpoint: &Arc<Endpoint>, wake: &Receiver<()>)
     }
 }
 
-fn relist(agent: &Agent, endpoint: &Arc<Endpoint>) {
-    let here = |entry: &Known| agent.node.endpoint(&entry.class).is_some_and(|e| Arc::ptr_eq(&e, endpoint));
-    let known: Vec<Known> = agent.registry.known().into_iter().filter(here).collect();
+fn relist(agent: &Agent, index: usize, endpoint: &Arc<Endpoint>) {
+    if endpoint.health().runtime.is_none() {
+        // It never said what it is, so nothing it lists can be judged.
+        return;
+    }
+    let known = agent.registry.known();
     let seen = match runtime::list(&endpoint.client, agent.registry.node()) {
         Ok(seen) => endpoint.without_unreadable(seen),
         Err(error) => return endpoint.note_relist(Err(Chain(&error).to_string())),
     };
-    let handler_of = |entry: &Known| agent.node.class(&entry.class).map(|(class, ..)| class.handler);
     let mut result = Ok(());
-    for action in plan(&known, &seen, !endpoint.is_listed(), handler_of) {
+    for action in plan(&known, &seen, index, !endpoint.is_listed()) {
         match action {
             // As long as one of them is not taken up, no list counts as the first: the next would sweep what lives.
-            Action::Adopt(seen) => result = result.and(adopt(agent, endpoint, &seen)),
-            action => apply(agent, endpoint, &known, action),
+            Action::Adopt(seen) => result = result.and(adopt(agent, index, endpoint, &seen)),
+            action => apply(agent, index, endpoint, action),
         }
     }
     endpoint.note_relist(result);
 }
 
-fn apply(agent: &Agent, endpoint: &Arc<Endpoint>, known: &[Known], action: Action) {
+fn apply(agent: &Agent, index: usize, endpoint: &Arc<Endpoint>, action: Action) {
     match action {
         Action::Adopt(_) => {}
         Action::Ask { id, version, container_id } => ask(agent, endpoint, &id, version, &container_id),
@@ -181,19 +181,11 @@ fn apply(agent: &Agent, endpoint: &Arc<Endpoint>, known: &[Known], action: Actio
             log::error!("workload {id}: {message}; it is stopped");
             agent.registry.want_stop(&id, reason, Some(message));
         }
-        Action::Sweep { sandbox_id, workload } => {
-            // A start that was accepted after the copy was taken may own it.
-            let is_new = |id: &WorkloadId| agent.registry.contains(id) && !known.iter().any(|k| k.id == *id);
-            let changed = |id: &WorkloadId| {
-                let now = agent.registry.known().into_iter().find(|k| k.id == *id);
-                now.is_some_and(|now| known.iter().any(|k| k.id == *id && k.version != now.version))
-            };
-            if WorkloadId::new(&workload).is_ok_and(|id| is_new(&id) || changed(&id)) {
-                return;
-            }
-            log::warn!("sandbox {sandbox_id} of workload {workload:?} is wanted by nobody and removed");
-            if let Err(error) = runtime::remove_sandbox(&endpoint.client, &sandbox_id, Deadline::within_ms(limits::UNDO_MS_MAX, "sweep")) {
-                log::warn!("sandbox {sandbox_id}: {}", Chain(&error));
+        Action::Sweep(seen) => {
+            // A start that was accepted or taken up after the copy was taken may own it.
+            let owner = WorkloadId::new(&seen.workload);
+            if !owner.is_ok_and(|id| agent.registry.may_own(&id, &seen.uid, &seen.sandbox_id)) {
+                agent.sweeps.offer(index, seen);
             }
         }
         Action::Vanished { id, version } => agent.registry.vanished(&id, version),
@@ -209,7 +201,7 @@ pub fn ask(agent: &Agent, endpoint: &Endpoint, id: &WorkloadId, version: u64, co
     }
 }
 
-fn adopt(agent: &Agent, endpoint: &Endpoint, seen: &Seen) -> Result<(), String> {
+fn adopt(agent: &Agent, index: usize, endpoint: &Endpoint, seen: &Seen) -> Result<(), String> {
     let workload = match parse_annotation(seen) {
         Ok(workload) => workload,
         Err(problems) => {
@@ -219,12 +211,11 @@ fn adopt(agent: &Agent, endpoint: &Endpoint, seen: &Seen) -> Result<(), String> 
             return Ok(());
         }
     };
-    let class = agent.node.class(&workload.runtime_class).map(|(class, ..)| class);
-    let container_id = seen.container.as_ref().map(|c| c.id.as_str()).unwrap_or_default();
-    let observed = runtime::observe(&endpoint.client, container_id, Deadline::within_ms(limits::CRI_QUICK_MS_MAX, "adopt"));
-    let observed = observed.map_err(|error| format!("workload {} not taken up yet: {}", workload.id, Chain(&error)))?;
-    log::info!("workload {}: taken up again, {observed:?}", workload.id);
-    agent.registry.adopt(workload, seen, class.as_ref(), observed);
+    let found = runtime::find_out(&endpoint.client, seen);
+    let found = found.map_err(|error| format!("workload {} not taken up yet: {}", workload.id, Chain(&error)))?;
+    log::info!("workload {}: taken up again, {:?}", workload.id, found.observed);
+    let overhead_mb = agent.node.class(&workload.runtime_class).map_or(0, |offer| offer.class.overhead_mb);
+    agent.registry.adopt(workload, seen, overhead_mb, index, found);
     Ok(())
 }
 
@@ -239,53 +230,60 @@ fn parse_annotation(seen: &Seen) -> Result<Workload, Problems> {
 }
 
 /// Listens to the events of one endpoint until the agent stops. They are hints: each makes us ask, none is believed.
-pub fn event_loop(agent: &Agent, endpoint: &Arc<Endpoint>) {
-    let wait = |ms| agent.stop.recv_timeout(Duration::from_millis(ms)).is_err_and(|e| e.is_timeout());
+pub fn event_loop(agent: &Agent, index: usize, endpoint: &Arc<Endpoint>) {
+    let mut pause_ms = limits::RELIST_MS_DEFAULT;
     loop {
-        match listen(agent, endpoint) {
-            Ok(()) => {}
+        let result = listen(agent, index, endpoint);
+        endpoint.set_events(false);
+        agent.stoppers.set(index, None);
+        pause_ms = match result {
+            Ok(true) => limits::RELIST_MS_DEFAULT,
+            // It ended the stream without a single event: it has none to send (CRI-O, unless configured).
+            Ok(false) => (pause_ms * 2).min(limits::PROBE_PAUSE_MS_MAX),
             Err(error) if error.code() == Some(Code::Unimplemented) => {
-                endpoint.set_events(false);
                 return log::info!("runtime at {} sends no events; it is relisted instead", endpoint.client.endpoint().display());
             }
-            Err(error) => log::debug!("events: {}", Chain(&error)),
-        }
-        endpoint.set_events(false);
-        if !wait(limits::RELIST_MS_DEFAULT) {
+            Err(error) => {
+                log::debug!("events: {}", Chain(&error));
+                limits::RELIST_MS_DEFAULT
+            }
+        };
+        if !agent.pause(pause_ms) {
             return;
         }
     }
 }
 
-fn listen(agent: &Agent, endpoint: &Arc<Endpoint>) -> Result<(), crate::grpc::Error> {
+/// Listens until the stream ends; whether there ever was an event.
+fn listen(agent: &Agent, index: usize, endpoint: &Arc<Endpoint>) -> Result<bool, crate::grpc::Error> {
     let mut events = endpoint.client.container_events(Deadline::within_ms(limits::CRI_QUICK_MS_MAX, "events"))?;
     match events.stopper() {
-        Ok(stopper) => agent.stoppers.add(stopper),
+        Ok(stopper) => agent.stoppers.set(index, Some(stopper)),
         // Without it this thread could not be stopped; relisting does not need it.
-        Err(_) => return Ok(()),
+        Err(_) => return Ok(false),
     }
     // A server that does not know the method says so at once; silence for a moment means that it streams.
     let mut first_wait = Some(Deadline::within_ms(limits::RELIST_MS_DEFAULT, "events"));
+    let mut any = false;
     loop {
         let deadline = first_wait.take().unwrap_or_else(|| Deadline::within_ms(limits::IDLE_MS_MAX, "events"));
         let event = match events.next(deadline) {
             Ok(Some(event)) => event,
-            Ok(None) => return Ok(()),
+            Ok(None) => return Ok(any),
             Err(error) if matches!(error.kind, ErrorKind::Expired(_)) => {
                 endpoint.set_events(true);
                 continue;
             }
             Err(error) => return Err(error),
         };
+        any = true;
         endpoint.set_events(true);
-        let ends =
-            matches!(event.container_event_type(), ContainerEventType::ContainerStoppedEvent | ContainerEventType::ContainerDeletedEvent);
-        if !ends {
+        let kind = event.container_event_type();
+        if !matches!(kind, ContainerEventType::ContainerStoppedEvent | ContainerEventType::ContainerDeletedEvent) {
             continue;
         }
-        if let Some(id) = agent.registry.find_container(&event.container_id) {
-            let known = agent.registry.known().into_iter().find(|k| k.id == id);
-            ask(agent, endpoint, &id, known.map_or(0, |k| k.version), &event.container_id);
+        if let Some((id, version)) = agent.registry.find_container(&event.container_id) {
+            ask(agent, endpoint, &id, version, &event.container_id);
         }
     }
 }

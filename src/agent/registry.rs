@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
-use crate::cri::runtime::{Class, Ending, Observed, Progress, Seen, StartError, Started};
+use crate::cri::runtime::{Class, Ending, Found, Observed, Progress, Seen, StartError, Started};
 use crate::deadline::{Deadline, Stopwatch, Timestamp};
 use crate::limits;
 use crate::report::clip;
@@ -46,6 +46,8 @@ pub struct Queues {
 #[derive(Default)]
 struct Inner {
     entries: BTreeMap<WorkloadId, Entry>,
+    /// Invariant: the sum of `Entry::spec_bytes`, `<= AGENT_SPECS_BYTES_MAX` but for adoptions.
+    specs_bytes: usize,
     revision: u64,
     watchers: Vec<Watcher>,
 }
@@ -69,6 +71,13 @@ pub struct Watch {
 
 struct Entry {
     workload: Arc<Workload>,
+    /// Tells this acceptance of the id from any other.
+    uid: Arc<str>,
+    /// The class as it was when the workload was accepted; a later configuration does not change what was promised.
+    class: Arc<Class>,
+    /// Which runtime has it.
+    endpoint: usize,
+    spec_bytes: usize,
     /// The values of the environment are known; they are not after an adoption.
     is_env_known: bool,
     state: State,
@@ -85,6 +94,10 @@ struct Entry {
     /// When a chore that failed may be tried again, and how often it failed.
     retry: Option<Deadline>,
     failures: u32,
+    /// The polite signal was sent; the kill is due then.
+    kill: Option<Deadline>,
+    /// When a probe that got no answer may be tried again, and how long the next pause is.
+    probe_retry: Option<(Deadline, u64)>,
     /// When its time to live is over.
     ttl: Option<Deadline>,
     /// The registry's revision at its last change.
@@ -142,6 +155,8 @@ impl Entry {
         }
         let is_running = self.state == State::Running;
         match &self.wanted {
+            // A runtime that does not stop a container may still remove its sandbox.
+            Wanted::Delete if is_running && self.failures >= STOP_FAILURES_MAX => Some(Chore::Remove),
             Wanted::Delete | Wanted::Stop { .. } if is_running => Some(Chore::Stop),
             Wanted::Delete => Some(Chore::Remove),
             Wanted::Run if self.state == State::Pending => Some(Chore::Start),
@@ -153,7 +168,26 @@ impl Entry {
     }
 
     fn object(&self) -> Object {
-        Object { spec: to_map(&self.workload), state: self.state, status: Box::new(self.status.clone()) }
+        let mut spec = to_map(&self.workload);
+        if let (false, Some(serde_json::Value::Object(env))) = (self.is_env_known, spec.get_mut("env")) {
+            env.values_mut().for_each(|value| *value = serde_json::Value::Null);
+        }
+        Object { spec, state: self.state, status: Box::new(self.status.clone()) }
+    }
+
+    fn owns(&self, sandbox_id: &str) -> bool {
+        self.made.as_ref().is_some_and(|made| made.sandbox_id == sandbox_id)
+    }
+
+    /// How long a stop may be polite. Who asked for the end gets the grace the workload asks for; a sandbox that is not what it
+    /// should be gets none.
+    fn grace_ms(&self) -> u64 {
+        let grace_ms = self.workload.spec.stop_grace_ms;
+        match &self.wanted {
+            Wanted::Stop { reason: Reason::IsolationMismatch | Reason::SandboxDied, .. } => 0,
+            Wanted::Stop { reason: Reason::TtlExpired, .. } => grace_ms.min(limits::FORCED_GRACE_MS_MAX),
+            Wanted::Delete | Wanted::Run | Wanted::Stop { .. } => grace_ms,
+        }
     }
 
     /// Moves to another state, if the state machine allows.
@@ -174,16 +208,26 @@ impl Entry {
         self.status.reason = Some(reason);
         self.status.message = message;
         self.status.phase = None;
-        self.status.finished_at = finished_at.or_else(|| Some(Timestamp::now()));
+        self.status.finished_at = finished_at;
         self.status.observed_at = Timestamp::now();
         self.ttl = None;
         self.retry = None;
+        self.kill = None;
         self.failures = 0;
         self.probe = Probe::Over;
     }
 
+    /// The start is given up. What went wrong first says more than what went wrong last.
+    fn give_up(&mut self, reason: Reason, message: String) {
+        let first = self.status.message.take();
+        if first.is_some() {
+            self.status.last_error = Some(message.clone());
+        }
+        self.end(State::Failed, reason, Some(first.unwrap_or(message)), Some(Timestamp::now()));
+    }
+
     fn ended(&mut self, ending: Ending) {
-        let Ending { exit_code, oom_killed, message, started_at, finished_at } = ending;
+        let Ending { exit_code, oom_killed, never_ran, message, started_at, finished_at } = ending;
         if self.state.is_terminal() {
             return;
         }
@@ -193,6 +237,7 @@ impl Entry {
         let said = Some(message).filter(|m| !m.is_empty());
         let (reason, message) = match &self.wanted {
             _ if oom_killed => (Reason::OomKilled, said),
+            _ if never_ran => (Reason::StartFailed, said),
             Wanted::Stop { reason, message } => (*reason, message.clone().or(said)),
             Wanted::Delete => (Reason::Stopped, said),
             Wanted::Run if exit_code == Some(0) => (Reason::Completed, said),
@@ -211,6 +256,9 @@ impl Entry {
     }
 }
 
+/// Failed stops after which a delete goes on to removing the sandbox.
+const STOP_FAILURES_MAX: u32 = 3;
+
 /// How an `accept` was answered.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Refusal {
@@ -218,7 +266,7 @@ pub enum Refusal {
     Differs,
     /// The id's former workload is still being deleted.
     Leaving,
-    /// There are as many workloads as one agent keeps.
+    /// There are as many workloads, or as large ones, as one agent keeps.
     Full,
 }
 
@@ -227,18 +275,37 @@ pub enum Refusal {
 pub struct Known {
     /// Which.
     pub id: WorkloadId,
+    /// Which acceptance of it.
+    pub uid: String,
     /// Changes whenever the entry does.
     pub version: u64,
     /// Where it stands.
     pub state: State,
-    /// Of its present or last sandbox.
-    pub attempt: u32,
     /// Its sandbox and container, where a start worked.
     pub made: Option<(String, String)>,
-    /// The handler its class asks for.
-    pub class: Name,
+    /// Which runtime has it.
+    pub endpoint: usize,
+    /// The handler that was verified when it started.
+    pub handler: Option<String>,
     /// Somebody is at work on it.
     pub is_busy: bool,
+    /// It is to end, for whatever reason.
+    pub is_ending: bool,
+}
+
+/// A running container, to ask something of.
+#[derive(Clone, Debug)]
+pub struct Container {
+    /// Where the workload stands.
+    pub state: State,
+    /// The runtime's name for the container, where a start worked.
+    pub id: Option<String>,
+    /// Which runtime has it.
+    pub endpoint: usize,
+    /// When the state was last known to be true.
+    pub observed_at: Timestamp,
+    /// Changes whenever the entry does.
+    pub version: u64,
 }
 
 impl Registry {
@@ -257,32 +324,28 @@ impl Registry {
         self.host_kernel.as_deref()
     }
 
-    /// Accepts a workload, or finds that it is here already.
+    /// Accepts a workload of a class that the runtime `endpoint` makes, or finds that it is here already.
     ///
     /// # Errors
     /// [`Refusal`].
-    pub fn accept(&self, workload: Workload) -> Result<(State, Status), Refusal> {
+    pub fn accept(&self, workload: Workload, class: Class, endpoint: usize) -> Result<(State, Status), Refusal> {
+        let spec_bytes = spec_bytes(&workload);
         let mut inner = self.lock();
-        if let Some(entry) = inner.entries.get_mut(&workload.id) {
-            if entry.wanted == Wanted::Delete {
-                return Err(Refusal::Leaving);
-            }
-            if !is_same(entry, &workload) {
-                return Err(Refusal::Differs);
-            }
-            if !entry.is_env_known {
-                entry.workload = Arc::new(workload);
-                entry.is_env_known = true;
-            }
-            return Ok((entry.state, entry.status.clone()));
+        if let Some(answer) = present(&mut inner, &workload) {
+            return answer;
         }
-        if inner.entries.len() >= limits::AGENT_WORKLOADS_MAX {
+        let specs_bytes = inner.specs_bytes.saturating_add(spec_bytes);
+        if inner.entries.len() >= limits::AGENT_WORKLOADS_MAX || specs_bytes > limits::AGENT_SPECS_BYTES_MAX {
             return Err(Refusal::Full);
         }
         let id = workload.id.clone();
         let entry = Entry {
             start_deadline: Deadline::within_ms(workload.spec.start_deadline_ms, "start"),
             workload: Arc::new(workload),
+            uid: crate::report::random_id().into(),
+            class: Arc::new(class),
+            endpoint,
+            spec_bytes,
             is_env_known: true,
             state: State::Pending,
             status: Status::accepted(Some(self.node.to_string())),
@@ -294,17 +357,30 @@ impl Registry {
             accepted: Stopwatch::start(),
             retry: None,
             failures: 0,
+            kill: None,
+            probe_retry: None,
             ttl: None,
             version: 0,
         };
         let answer = (entry.state, entry.status.clone());
+        inner.specs_bytes = specs_bytes;
         inner.entries.insert(id.clone(), entry);
         self.publish(&mut inner, &id, EventKind::Added);
         Ok(answer)
     }
 
-    /// Takes up a workload that the runtime has and we do not know: from before this agent started.
-    pub fn adopt(&self, workload: Workload, seen: &Seen, class: Option<&Class>, observed: Observed) {
+    /// The state of a workload that was asked for before in the same words.
+    ///
+    /// # Errors
+    /// [`Refusal`], when it was asked for in others, or is on its way out.
+    pub fn present(&self, workload: &Workload) -> Option<Result<(State, Status), Refusal>> {
+        present(&mut self.lock(), workload)
+    }
+
+    /// Takes up a workload that the runtime `endpoint` has and we do not know: from before this agent started. A sandbox that is not
+    /// of the handler asked for is taken up to be stopped.
+    pub fn adopt(&self, workload: Workload, seen: &Seen, overhead_mb: u64, endpoint: usize, found: Found) {
+        let spec_bytes = spec_bytes(&workload);
         let mut inner = self.lock();
         if inner.entries.contains_key(&workload.id) {
             return;
@@ -315,33 +391,56 @@ impl Registry {
         status.attempt = seen.attempt;
         status.sandbox_id = Some(seen.sandbox_id.clone());
         status.handler = Some(seen.handler.clone());
+        status.ip = found.ip;
+        status.image_digest = found.image_digest;
         let container_id = seen.container.as_ref().map(|c| c.id.clone()).unwrap_or_default();
         status.container_id = Some(container_id.clone());
-        let own_kernel = class.is_none_or(|c| c.own_kernel);
-        status.isolation = self.isolation(&seen.handler, own_kernel);
+        let verified = !seen.handler.is_empty() && seen.handler == seen.asked_handler;
+        status.isolation = self.isolation(&seen.handler, seen.own_kernel || !verified);
+        let mismatch = || format!("asked for a sandbox of handler {:?}, the runtime reports {:?}", seen.asked_handler, seen.handler);
+        let class = Class {
+            name: workload.runtime_class.clone(),
+            handler: seen.asked_handler.clone(),
+            own_kernel: seen.own_kernel,
+            annotations: BTreeMap::new(),
+            overhead_mb,
+            memory_mb_min: 0,
+            sandbox_ms_max: limits::START_DEADLINE_MS_DEFAULT,
+        };
+        let since = match &found.observed {
+            Observed::Running(since) => *since,
+            Observed::Created | Observed::Ended(_) | Observed::Unknown => None,
+        };
+        // The wall clock may have jumped, so it can shorten the time to live, and never lengthen it.
+        let ran_ms = since.map_or(0, |since| Timestamp::now().as_millis().saturating_sub(since.as_millis()));
         let mut entry = Entry {
             start_deadline: Deadline::within_ms(workload.spec.start_deadline_ms, "start"),
             is_env_known: workload.spec.env.is_empty(),
-            // The time to live begins anew: the agent that counted is gone, and the wall clock is not to be trusted with it.
-            ttl: workload.spec.ttl_ms.map(|ms| Deadline::within_ms(ms, "ttl")),
+            ttl: workload.spec.ttl_ms.map(|ms| Deadline::within_ms(ms.saturating_sub(ran_ms), "ttl")),
             workload: Arc::new(workload),
+            uid: seen.uid.as_str().into(),
+            class: Arc::new(class),
+            endpoint,
+            spec_bytes,
             state: State::Running,
             status,
-            wanted: Wanted::Run,
+            wanted: if verified { Wanted::Run } else { Wanted::Stop { reason: Reason::IsolationMismatch, message: Some(mismatch()) } },
             work: Work::Idle,
-            probe: if own_kernel { Probe::Due } else { Probe::Over },
+            probe: if seen.own_kernel { Probe::Due } else { Probe::Over },
             made: Some(Made { sandbox_id: seen.sandbox_id.clone(), container_id, retired: false }),
             cancel: Arc::default(),
             accepted: Stopwatch::start(),
             retry: None,
             failures: 0,
+            kill: None,
+            probe_retry: None,
             version: 0,
         };
-        match observed {
-            Observed::Running(since) => entry.status.started_at = since,
-            Observed::Ended(ending) => entry.ended(ending),
-            Observed::Created | Observed::Unknown => {}
+        entry.status.started_at = since;
+        if let Observed::Ended(ending) = found.observed {
+            entry.ended(ending);
         }
+        inner.specs_bytes = inner.specs_bytes.saturating_add(spec_bytes);
         inner.entries.insert(id.clone(), entry);
         self.publish(&mut inner, &id, EventKind::Added);
     }
@@ -356,7 +455,7 @@ impl Registry {
             entry.cancel.store(true, Ordering::SeqCst);
             if entry.state == State::Pending && entry.work != Work::Doing {
                 entry.work = Work::Idle;
-                entry.end(State::Failed, reason, message.or_else(|| Some("stopped before it ran".into())), None);
+                entry.give_up(reason, message.unwrap_or_else(|| "stopped before it ran".into()));
             } else {
                 entry.status.phase = Some(Phase::Stopping);
             }
@@ -391,6 +490,9 @@ impl Registry {
             registry: self,
             id: id.clone(),
             workload: Arc::clone(&entry.workload),
+            uid: Arc::clone(&entry.uid),
+            class: Arc::clone(&entry.class),
+            endpoint: entry.endpoint,
             attempt: entry.status.attempt,
             cancel: Arc::clone(&entry.cancel),
             deadline: entry.start_deadline,
@@ -406,36 +508,35 @@ impl Registry {
             registry: self,
             id: id.clone(),
             chore,
-            class: entry.workload.runtime_class.clone(),
+            endpoint: entry.endpoint,
             sandbox_id: entry.status.sandbox_id.clone(),
             container_id: entry.made.as_ref().map(|m| m.container_id.clone()),
-            grace_ms: entry.workload.spec.stop_grace_ms,
+            // The polite signal is sent once; after the grace comes the kill.
+            grace_ms: if entry.kill.is_some() { 0 } else { entry.grace_ms() },
             is_over: false,
         })
     }
 
-    /// The container to probe, and its class; `None` when the workload does not run any more.
-    pub fn begin_probe(&self, id: &WorkloadId) -> Option<(Name, String)> {
+    /// The container to probe, and the runtime that has it; `None` when the workload does not run any more.
+    pub fn begin_probe(&self, id: &WorkloadId) -> Option<(usize, String)> {
         let mut inner = self.lock();
         let entry = inner.entries.get_mut(id)?;
         if entry.probe != Probe::Queued || entry.state != State::Running || entry.wanted != Wanted::Run {
             return None;
         }
-        entry.made.as_ref().map(|m| (entry.workload.runtime_class.clone(), m.container_id.clone()))
+        entry.made.as_ref().map(|m| (entry.endpoint, m.container_id.clone()))
     }
 
-    /// Records what the guest answered: its kernel release, or that its image has nothing to answer with.
+    /// Records what the guest in this container answered: its kernel release, or that its image has nothing to answer with.
     /// A guest on the host's own kernel is stopped: its class promised another.
-    pub fn finish_probe(&self, id: &WorkloadId, kernel: Option<String>) {
+    pub fn finish_probe(&self, id: &WorkloadId, container_id: &str, kernel: Option<String>) {
         let mut mismatch = None;
         {
             let mut inner = self.lock();
-            let Some(entry) = inner.entries.get_mut(id) else { return };
-            if entry.state != State::Running {
-                return;
-            }
+            let Some(entry) = probed(&mut inner, id, container_id) else { return };
             entry.probe = Probe::Over;
             let isolation = &mut entry.status.isolation;
+            isolation.message = None;
             match (&kernel, &self.host_kernel) {
                 (Some(guest), Some(host)) if guest == host => {
                     isolation.verified = Some(false);
@@ -454,13 +555,15 @@ impl Registry {
         }
     }
 
-    /// The probe got no answer; it is tried again while the workload runs.
-    pub fn retry_probe(&self, id: &WorkloadId) {
-        if let Some(entry) = self.lock().entries.get_mut(id) {
-            if entry.probe == Probe::Queued {
-                entry.probe = Probe::Due;
-            }
-        }
+    /// The probe got no answer; it is tried again while the workload runs, more and more rarely.
+    pub fn retry_probe(&self, id: &WorkloadId, container_id: &str, message: &str) {
+        let mut inner = self.lock();
+        let Some(entry) = probed(&mut inner, id, container_id) else { return };
+        let pause_ms = entry.probe_retry.map_or(limits::PROBE_PAUSE_MS_MIN, |(_, ms)| ms);
+        entry.probe = Probe::Due;
+        entry.probe_retry = Some((Deadline::within_ms(pause_ms, "probe"), (pause_ms * 2).min(limits::PROBE_PAUSE_MS_MAX)));
+        entry.status.isolation.message = Some(format!("the probe got no answer yet: {message}"));
+        self.publish(&mut inner, id, EventKind::Modified);
     }
 
     /// Applies what the runtime says of a container of ours.
@@ -487,7 +590,7 @@ impl Registry {
         if entry.version != version || entry.state != State::Running {
             return;
         }
-        let message = Some("the runtime does not have its sandbox any more".to_owned());
+        let message = Some("the runtime does not have it any more".to_owned());
         match entry.wanted.clone() {
             Wanted::Stop { reason, message: why } => entry.end(State::Failed, reason, why.or(message), None),
             Wanted::Delete | Wanted::Run => entry.end(State::Failed, Reason::SandboxDied, message, None),
@@ -508,13 +611,13 @@ impl Registry {
             let is_late = entry.state == State::Pending && entry.work != Work::Doing && entry.start_deadline.left().is_err();
             if is_late && entry.wanted == Wanted::Run {
                 entry.work = Work::Idle;
-                let cause = entry.status.last_error.clone();
-                let message = cause.unwrap_or_else(|| "start deadline passed while it waited for a worker".into());
-                entry.end(State::Failed, Reason::StartDeadlineExceeded, Some(message), None);
+                entry.give_up(Reason::StartDeadlineExceeded, "start deadline passed while it waited for its start".into());
                 self.publish(&mut inner, &id, EventKind::Modified);
                 continue;
             }
-            let waits = [entry.ttl, entry.retry, (entry.state == State::Pending).then_some(entry.start_deadline)];
+            let start = (entry.state == State::Pending).then_some(entry.start_deadline);
+            let probe = entry.probe_retry.map(|(retry, _)| retry).filter(|_| entry.probe == Probe::Due);
+            let waits = [entry.ttl, entry.retry, start, probe];
             next = waits.into_iter().flatten().filter_map(|d| d.left().ok()).chain(next).min();
             self.assign(&mut inner, &id);
         }
@@ -530,19 +633,24 @@ impl Registry {
         self.lock().entries.get(id).map(|entry| (entry.state, entry.status.clone()))
     }
 
-    /// A running workload's class and container, and how old the knowledge is.
-    pub fn container(&self, id: &WorkloadId) -> Option<(State, Name, Option<String>, Timestamp)> {
+    /// A workload's container, and how old the knowledge is.
+    pub fn container(&self, id: &WorkloadId) -> Option<Container> {
         let inner = self.lock();
         let entry = inner.entries.get(id)?;
-        let container_id = entry.made.as_ref().map(|m| m.container_id.clone());
-        Some((entry.state, entry.workload.runtime_class.clone(), container_id, entry.status.observed_at))
+        Some(Container {
+            state: entry.state,
+            id: entry.made.as_ref().map(|m| m.container_id.clone()),
+            endpoint: entry.endpoint,
+            observed_at: entry.status.observed_at,
+            version: entry.version,
+        })
     }
 
-    /// The workload that has this container.
-    pub fn find_container(&self, container_id: &str) -> Option<WorkloadId> {
+    /// The workload that has this container, and its version.
+    pub fn find_container(&self, container_id: &str) -> Option<(WorkloadId, u64)> {
         let inner = self.lock();
         let has = |entry: &&Entry| entry.made.as_ref().is_some_and(|m| m.container_id == container_id);
-        inner.entries.values().find(has).map(|entry| entry.workload.id.clone())
+        inner.entries.values().find(has).map(|entry| (entry.workload.id.clone(), entry.version))
     }
 
     /// Waits until a workload is in such a state, gone, or the time is up; then as [`Registry::status`].
@@ -605,11 +713,11 @@ impl Registry {
     }
 
     /// What all workloads that are not over take, overhead included.
-    pub fn allocated(&self, overhead_mb: impl Fn(&Name) -> u64) -> Resources {
+    pub fn allocated(&self) -> Resources {
         let inner = self.lock();
         let active = inner.entries.values().filter(|entry| !entry.state.is_terminal());
         active.fold(Resources::default(), |sum, entry| Resources {
-            memory_mb: sum.memory_mb + entry.workload.spec.memory_mb + overhead_mb(&entry.workload.runtime_class),
+            memory_mb: sum.memory_mb + entry.workload.spec.memory_mb + entry.class.overhead_mb,
             cpu_millicores: sum.cpu_millicores + entry.workload.spec.cpu_millicores,
             workloads: sum.workloads + 1,
         })
@@ -620,12 +728,14 @@ impl Registry {
         let inner = self.lock();
         let known = |entry: &Entry| Known {
             id: entry.workload.id.clone(),
+            uid: entry.uid.to_string(),
             version: entry.version,
             state: entry.state,
-            attempt: entry.status.attempt,
             made: entry.made.as_ref().map(|m| (m.sandbox_id.clone(), m.container_id.clone())),
-            class: entry.workload.runtime_class.clone(),
+            endpoint: entry.endpoint,
+            handler: entry.status.handler.clone(),
             is_busy: entry.work == Work::Doing,
+            is_ending: entry.wanted != Wanted::Run,
         };
         inner.entries.values().map(known).collect()
     }
@@ -633,6 +743,12 @@ impl Registry {
     /// Whether there is such a workload.
     pub fn contains(&self, id: &WorkloadId) -> bool {
         self.lock().entries.contains_key(id)
+    }
+
+    /// Whether a sandbox of this acceptance has an owner, or may be about to get one.
+    pub fn may_own(&self, id: &WorkloadId, uid: &str, sandbox_id: &str) -> bool {
+        let inner = self.lock();
+        inner.entries.get(id).is_some_and(|entry| *entry.uid == *uid && (entry.work == Work::Doing || entry.owns(sandbox_id)))
     }
 
     /// Wakes everyone who waits, so that they see that the agent stops.
@@ -676,8 +792,18 @@ impl Registry {
                 status.ip = started.ip;
                 status.isolation = self.isolation(&started.handler, own_kernel);
                 status.handler = Some(started.handler);
-                status.started_at = started.started_at;
                 status.timings_ms = Timings { pull, sandbox, create, start, total: Some(entry.accepted.elapsed_ms()) };
+                match started.observed {
+                    Observed::Running(since) => status.started_at = since,
+                    // Over before we looked: it ran all the same, and whoever watches sees both.
+                    Observed::Ended(ending) => {
+                        status.started_at = ending.started_at;
+                        self.publish(&mut inner, id, EventKind::Modified);
+                        let Some(entry) = inner.entries.get_mut(id) else { return };
+                        entry.ended(ending);
+                    }
+                    Observed::Created | Observed::Unknown => {}
+                }
             }
             Err(error) if error.retriable && entry.wanted == Wanted::Run && entry.start_deadline.left().is_ok() => {
                 entry.status.attempt += 1;
@@ -692,7 +818,7 @@ impl Registry {
                     Wanted::Delete => (Reason::Stopped, error.message),
                     Wanted::Run => (error.reason, error.message),
                 };
-                entry.end(State::Failed, reason, Some(message), None);
+                entry.give_up(reason, message);
             }
         }
         self.publish(&mut inner, id, EventKind::Modified);
@@ -707,6 +833,11 @@ impl Registry {
                 entry.failures = 0;
                 entry.ended(ending);
             }
+            Ok(EndStep::Asked) => {
+                let kill = Deadline::within_ms(entry.grace_ms().saturating_sub(limits::STOP_WAIT_MS), "grace");
+                entry.kill = Some(kill);
+                entry.retry = Some(kill);
+            }
             Ok(EndStep::Gone) => {
                 entry.failures = 0;
                 let version = entry.version;
@@ -714,8 +845,12 @@ impl Registry {
                 return self.vanished(id, version);
             }
             Ok(EndStep::Removed) => {
+                let spec_bytes = entry.spec_bytes;
+                // Nothing is to be done about it any more, so its last event must not queue anything.
+                entry.work = Work::Doing;
                 self.publish(&mut inner, id, EventKind::Deleted);
                 inner.entries.remove(id);
+                inner.specs_bytes = inner.specs_bytes.saturating_sub(spec_bytes);
                 drop(inner);
                 self.changed.notify_all();
                 return;
@@ -752,7 +887,11 @@ impl Registry {
     /// Puts the entry's next chore into its queue.
     fn assign(&self, inner: &mut Inner, id: &WorkloadId) {
         let Some(entry) = inner.entries.get_mut(id) else { return };
-        if entry.probe == Probe::Due && entry.state == State::Running && self.queues.probes.try_send(id.clone()).is_ok() {
+        let is_probe_due = entry.probe == Probe::Due
+            && entry.state == State::Running
+            && entry.wanted == Wanted::Run
+            && entry.probe_retry.is_none_or(|(retry, _)| retry.left().is_err());
+        if is_probe_due && self.queues.probes.try_send(id.clone()).is_ok() {
             entry.probe = Probe::Queued;
         }
         if entry.work != Work::Idle {
@@ -795,6 +934,33 @@ impl Registry {
     }
 }
 
+/// The entry of a container that was probed, if it still is the one, and still of interest.
+fn probed<'a>(inner: &'a mut Inner, id: &WorkloadId, container_id: &str) -> Option<&'a mut Entry> {
+    let entry = inner.entries.get_mut(id)?;
+    let is_it = entry.made.as_ref().is_some_and(|m| m.container_id == container_id);
+    (is_it && entry.probe == Probe::Queued && entry.state == State::Running).then_some(entry)
+}
+
+/// How an entry that is there answers a request to accept.
+fn present(inner: &mut Inner, workload: &Workload) -> Option<Result<(State, Status), Refusal>> {
+    let entry = inner.entries.get_mut(&workload.id)?;
+    if entry.wanted == Wanted::Delete {
+        return Some(Err(Refusal::Leaving));
+    }
+    if !is_same(entry, workload) {
+        return Some(Err(Refusal::Differs));
+    }
+    if !entry.is_env_known {
+        entry.workload = Arc::new(workload.clone());
+        entry.is_env_known = true;
+    }
+    Some(Ok((entry.state, entry.status.clone())))
+}
+
+fn spec_bytes(workload: &Workload) -> usize {
+    serde_json::Value::Object(to_map(workload)).to_string().len()
+}
+
 /// Whether the same was asked for before. After an adoption the values of the environment are unknown, and only its names count.
 fn is_same(entry: &Entry, workload: &Workload) -> bool {
     if entry.is_env_known {
@@ -812,6 +978,12 @@ pub struct StartTicket<'a> {
     id: WorkloadId,
     /// What to start.
     pub workload: Arc<Workload>,
+    /// Which acceptance of it.
+    pub uid: Arc<str>,
+    /// As what.
+    pub class: Arc<Class>,
+    /// On which runtime.
+    pub endpoint: usize,
     /// As which sandbox.
     pub attempt: u32,
     /// Until when.
@@ -865,8 +1037,8 @@ pub struct EndTicket<'a> {
     id: WorkloadId,
     /// What to do.
     pub chore: Chore,
-    /// The workload's class.
-    pub class: Name,
+    /// The runtime that has it.
+    pub endpoint: usize,
     /// Its sandbox, where one was made.
     pub sandbox_id: Option<String>,
     /// Its container, where a start worked.
@@ -879,6 +1051,8 @@ pub struct EndTicket<'a> {
 /// What a worker brought about.
 #[derive(Debug)]
 pub enum EndStep {
+    /// The container was asked to end, and has its grace.
+    Asked,
     /// The container ended.
     Ended(Ending),
     /// The runtime has no such container.

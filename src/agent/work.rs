@@ -7,15 +7,16 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use super::Agent;
+use super::node;
 use super::registry::{Chore, EndStep, EndTicket, StartTicket};
 use crate::cri::proto::AuthConfig;
-use crate::cri::runtime::{self, Observed, Order, StartError, Started};
+use crate::cri::runtime::{self, Observed, Order, Seen, StartError, Started};
 use crate::deadline::Deadline;
-use crate::grpc::Code;
+use crate::grpc::{Code, ErrorKind};
 use crate::limits;
 use crate::report::{Chain, clip};
 use crate::wire::{docker, workload as wire_workload};
-use crate::workload::{Reason, Workload, WorkloadId};
+use crate::workload::{Mount, Reason, Workload, WorkloadId};
 
 /// Starts a workload.
 pub fn start(agent: &Agent, id: &WorkloadId) {
@@ -30,28 +31,33 @@ pub fn start(agent: &Agent, id: &WorkloadId) {
 
 fn start_ticket(agent: &Agent, ticket: &StartTicket<'_>) -> Result<(Started, bool), StartError> {
     let refused = |reason, message: String| StartError { reason, message, retriable: false };
-    let (class, endpoint, available) = match agent.node.class(&ticket.workload.runtime_class) {
-        Some(class) => class,
-        None => return Err(refused(Reason::HandlerUnavailable, "this node does not offer the class any more".into())),
-    };
-    if available == Some(false) {
+    let StartTicket { workload, class, .. } = ticket;
+    let endpoint = agent.endpoint(ticket.endpoint);
+    if agent.node.has_handler(ticket.endpoint, &class.handler) == Some(false) {
         return Err(refused(Reason::HandlerUnavailable, format!("the runtime does not list the handler {:?}", class.handler)));
     }
-    let log_dir = agent.log_dir(&ticket.workload.id);
+    let log_dir = agent.log_dir(&workload.id);
     let made = DirBuilder::new().recursive(true).mode(0o700).create(&log_dir);
     made.map_err(|e| refused(Reason::CreateFailed, format!("cannot make the log directory: {e}")))?;
-    let auth = registry_auth(agent, &ticket.workload).map_err(|message| refused(Reason::ImagePullFailed, message))?;
-    let workload = resolve_mounts(agent, &ticket.workload).map_err(|message| refused(Reason::CreateFailed, message))?;
+    let auth = registry_auth(agent, workload).map_err(|message| refused(Reason::ImagePullFailed, message))?;
     let order = Order {
-        annotation: annotation(&workload),
-        workload: &workload,
+        annotation: annotation(workload),
+        workload,
+        uid: &ticket.uid,
         attempt: ticket.attempt,
-        class: &class,
+        class,
         node: agent.registry.node(),
         log_dir: &log_dir,
+        mounts: &|| resolve_mounts(agent, workload),
+        pids_max: pids_max(workload, class.own_kernel, node::has_cgroup_v2()),
         auth,
     };
     runtime::start(&endpoint.client, &order, ticket.deadline, ticket).map(|started| (started, class.own_kernel))
+}
+
+/// Processes at a time. On a shared kernel their number is the host's, so there is a limit even where none was asked for.
+fn pids_max(workload: &Workload, own_kernel: bool, can_limit: bool) -> Option<u64> {
+    workload.spec.pids_max.or_else(|| (can_limit && !own_kernel).then_some(limits::PIDS_DEFAULT))
 }
 
 /// The workload as the runtime keeps it for us: without the values of its environment, which are secrets.
@@ -65,17 +71,18 @@ fn annotation(workload: &Workload) -> String {
     serde_json::Value::Object(map).to_string()
 }
 
-/// Host paths as they really are, links followed, each under a root the configuration allows.
-fn resolve_mounts(agent: &Agent, workload: &Workload) -> Result<Workload, String> {
-    let mut workload = workload.clone();
-    for mount in &mut workload.spec.mounts {
+/// Host mounts as they really are, links followed, each under a root the configuration allows.
+fn resolve_mounts(agent: &Agent, workload: &Workload) -> Result<Vec<Mount>, String> {
+    let resolve = |mount: &Mount| {
         let real = fs::canonicalize(&mount.source).map_err(|e| format!("mount source {}: {e}", mount.source))?;
         if !is_allowed(&agent.mount_roots, &real) {
             return Err(format!("mount source {} leads outside the node's mount roots", mount.source));
         }
-        mount.source = real.to_string_lossy().into_owned();
-    }
-    Ok(workload)
+        // CRI paths are text; the nearest text of a name that is none could name something else.
+        let source = real.into_os_string().into_string().map_err(|_| format!("mount source {} is not UTF-8", mount.source))?;
+        Ok(Mount { source, ..mount.clone() })
+    };
+    workload.spec.mounts.iter().map(resolve).collect()
 }
 
 /// Whether a path lies under one of the roots.
@@ -105,15 +112,14 @@ pub fn end(agent: &Agent, id: &WorkloadId) {
     match &result {
         Ok(EndStep::Ended(ending)) => log::info!("workload {id}: stopped, exit code {:?}", ending.exit_code),
         Ok(EndStep::Removed) => log::info!("workload {id}: removed"),
-        Ok(EndStep::Gone | EndStep::Retired) => log::debug!("workload {id}: {result:?}"),
+        Ok(EndStep::Asked | EndStep::Gone | EndStep::Retired) => log::debug!("workload {id}: {result:?}"),
         Err(message) => log::warn!("workload {id}: {:?} failed, to be repeated: {message}", ticket.chore),
     }
     ticket.finish(result);
 }
 
 fn end_ticket(agent: &Agent, ticket: &EndTicket<'_>) -> Result<EndStep, String> {
-    let endpoint = agent.node.endpoint(&ticket.class).ok_or("no runtime")?;
-    let client = &endpoint.client;
+    let client = &agent.endpoint(ticket.endpoint).client;
     let deadline = Deadline::within_ms(limits::UNDO_MS_MAX, "removal");
     let words = |error: &crate::grpc::Error| Chain(error).to_string();
     match ticket.chore {
@@ -142,30 +148,45 @@ fn end_ticket(agent: &Agent, ticket: &EndTicket<'_>) -> Result<EndStep, String> 
     }
 }
 
+/// Stops a container. One that has a long grace, and takes it, does not hold a worker meanwhile: the runtime goes on without a
+/// listener, and nothing is lost (containerd sends the polite signal once, whoever waits).
 fn stop(client: &crate::cri::Client, container_id: &str, grace_ms: u64) -> Result<EndStep, String> {
     // CRI counts in seconds; half a second of grace is better rounded up than down to none.
     let grace_s = i64::try_from(grace_ms.div_ceil(1000)).unwrap_or(i64::MAX);
-    let deadline = Deadline::within_ms(grace_ms.saturating_add(limits::CRI_STOP_MARGIN_MS), "stop");
-    let stopped = client.stop_container(container_id, grace_s, deadline);
+    let is_long = grace_ms > limits::STOP_WAIT_MS;
+    let wait_ms = if is_long { limits::STOP_WAIT_MS } else { grace_ms.saturating_add(limits::CRI_STOP_MARGIN_MS) };
+    let stopped = client.stop_container(container_id, grace_s, Deadline::within_ms(wait_ms, "stop"));
     // Whatever it answered, its own view of the container decides.
     let quick = Deadline::within_ms(limits::CRI_QUICK_MS_MAX, "stop");
     match (runtime::observe(client, container_id, quick), stopped) {
         (Ok(Observed::Ended(ending)), _) => Ok(EndStep::Ended(ending)),
         (Err(error), _) if error.code() == Some(Code::NotFound) => Ok(EndStep::Gone),
+        (Ok(Observed::Running(_)), Err(error)) if is_long && is_timeout(&error) => Ok(EndStep::Asked),
         (_, Err(error)) | (Err(error), Ok(())) => Err(Chain(&error).to_string()),
         (Ok(observed), Ok(())) => Err(format!("the runtime says it stopped the container, and that it is {observed:?}")),
     }
 }
 
+fn is_timeout(error: &crate::grpc::Error) -> bool {
+    matches!(error.kind, ErrorKind::Expired(_)) || matches!(error.code(), Some(Code::DeadlineExceeded | Code::Cancelled))
+}
+
+/// Removes a sandbox that nobody wants.
+pub fn sweep(agent: &Agent, endpoint: usize, seen: &Seen) {
+    let Seen { sandbox_id, workload, .. } = seen;
+    log::warn!("sandbox {sandbox_id} of workload {workload:?} is wanted by nobody and removed");
+    let deadline = Deadline::within_ms(limits::UNDO_MS_MAX, "sweep");
+    if let Err(error) = runtime::remove_sandbox(&agent.endpoint(endpoint).client, sandbox_id, deadline) {
+        // The next list shows it again.
+        log::warn!("sandbox {sandbox_id}: {}", Chain(&error));
+    }
+}
+
 /// Asks a guest for its kernel.
 pub fn probe(agent: &Agent, id: &WorkloadId) {
-    let Some((class, container_id)) = agent.registry.begin_probe(id) else { return };
-    let Some(endpoint) = agent.node.endpoint(&class) else { return };
-    match runtime::probe_kernel(&endpoint.client, &container_id) {
-        Ok(kernel) => agent.registry.finish_probe(id, kernel),
-        Err(error) => {
-            log::debug!("workload {id}: probe: {}", clip(Chain(&error).to_string(), limits::MESSAGE_BYTES_MAX));
-            agent.registry.retry_probe(id);
-        }
+    let Some((endpoint, container_id)) = agent.registry.begin_probe(id) else { return };
+    match runtime::probe_kernel(&agent.endpoint(endpoint).client, &container_id) {
+        Ok(kernel) => agent.registry.finish_probe(id, &container_id, kernel),
+        Err(error) => agent.registry.retry_probe(id, &container_id, &clip(Chain(&error).to_string(), limits::MESSAGE_BYTES_MAX)),
     }
 }

@@ -22,8 +22,12 @@ use crate::workload::{Name, Phase, Protocol, PullPolicy, Reason, Workload};
 pub const LABEL_NODE: &str = "kakuri.dev/node";
 /// The workload's id.
 pub const LABEL_WORKLOAD: &str = "kakuri.dev/workload";
-/// The workload's runtime class.
-pub const LABEL_CLASS: &str = "kakuri.dev/runtime-class";
+/// The acceptance of the workload: two workloads of one id, one after the other, differ in it.
+pub const LABEL_UID: &str = "kakuri.dev/uid";
+/// The handler that was asked for, to compare with what the runtime reports as long as the sandbox lives.
+pub const LABEL_HANDLER: &str = "kakuri.dev/handler";
+/// `true` or `false`: whether the sandbox must have a kernel of its own.
+pub const LABEL_OWN_KERNEL: &str = "kakuri.dev/own-kernel";
 /// The workload as JSON, without the values of its environment; only on the sandbox.
 pub const ANNOTATION_WORKLOAD: &str = "kakuri.dev/workload-spec";
 /// CRI wants a namespace for each sandbox; all of ours share this one.
@@ -56,8 +60,14 @@ pub struct Class {
 pub struct Order<'a> {
     /// What.
     pub workload: &'a Workload,
-    /// The how-manieth sandbox of this workload it is; part of its name.
+    /// The acceptance it belongs to; part of the sandbox's name.
+    pub uid: &'a str,
+    /// The how-manieth sandbox of this acceptance it is; part of its name.
     pub attempt: u32,
+    /// Host mounts as they really are, links followed; asked for just before the container is made, for a link can be changed.
+    pub mounts: &'a dyn Fn() -> Result<Vec<crate::workload::Mount>, String>,
+    /// Processes and threads at a time; none where the node cannot limit them.
+    pub pids_max: Option<u64>,
     /// Its class on this node.
     pub class: &'a Class,
     /// This node.
@@ -93,8 +103,8 @@ pub struct Started {
     pub ip: Option<String>,
     /// The image, as the runtime resolved it.
     pub image_digest: Option<String>,
-    /// When the runtime started the container.
-    pub started_at: Option<Timestamp>,
+    /// What the runtime then said of the container: a short one may be over already.
+    pub observed: Observed,
     /// How long each step took, milliseconds: image, sandbox, create, start.
     pub steps_ms: [u64; 4],
 }
@@ -159,31 +169,29 @@ fn run_steps(
     let sandbox_id = create_sandbox(client, order, &sandbox_config, deadline)?;
     progress.sandbox(&sandbox_id);
     made.sandbox_id = Some(sandbox_id.clone());
-    let sandbox = client.pod_sandbox_status(&sandbox_id, deadline).map_err(|e| failure(&e, Reason::CreateFailed))?;
+    let sandbox = client.pod_sandbox_status(&sandbox_id, deadline).map_err(|e| failure(&e, Reason::CreateFailed, deadline))?;
     verify_handler(&order.class.handler, &sandbox.runtime_handler)?;
     let sandbox_ms = step_ms();
 
     enter(progress, Phase::Creating, deadline)?;
-    let container = container_config(order, &image);
-    let container_id =
-        client.create_container(&sandbox_id, container, &sandbox_config, deadline).map_err(|e| failure(&e, Reason::CreateFailed))?;
+    let mounts = (order.mounts)().map_err(|message| StartError { reason: Reason::CreateFailed, message, retriable: false })?;
+    let container = container_config(order, &image, &mounts);
+    let created = client.create_container(&sandbox_id, container, &sandbox_config, deadline);
+    let container_id = created.map_err(|e| failure(&e, Reason::CreateFailed, deadline))?;
     made.container_id = Some(container_id.clone());
     let create_ms = step_ms();
 
     enter(progress, Phase::Starting, deadline)?;
     let status = start_container(client, &container_id, deadline)?;
     let start_ms = step_ms();
-    if progress.is_cancelled() {
-        return Err(cancelled());
-    }
 
     Ok(Started {
         sandbox_id,
         container_id,
         handler: sandbox.runtime_handler,
         ip: sandbox.network.map(|n| n.ip).filter(|ip| !ip.is_empty()),
-        image_digest: Some(status.image_ref).filter(|r| !r.is_empty()),
-        started_at: Timestamp::from_nanos(status.started_at),
+        image_digest: Some(status.image_ref.clone()).filter(|r| !r.is_empty()),
+        observed: observed(status),
         steps_ms: [pull_ms, sandbox_ms, create_ms, start_ms],
     })
 }
@@ -222,7 +230,7 @@ fn ensure_image(
     let present = match spec.pull_policy {
         PullPolicy::Always => false,
         PullPolicy::IfNotPresent | PullPolicy::Never => {
-            client.image_status(&image, deadline).map_err(|e| failure(&e, Reason::ImagePullFailed))?.is_some()
+            client.image_status(&image, deadline).map_err(|e| failure(&e, Reason::ImagePullFailed, deadline))?.is_some()
         }
     };
     if present {
@@ -233,7 +241,7 @@ fn ensure_image(
         return Err(StartError { reason: Reason::ImageNotFound, message, retriable: false });
     }
     enter(progress, Phase::Pulling, deadline)?;
-    client.pull_image(&image, order.auth.clone(), sandbox_config, deadline).map_err(|e| failure(&e, pull_reason(&e)))?;
+    client.pull_image(&image, order.auth.clone(), sandbox_config, deadline).map_err(|e| failure(&e, pull_reason(&e), deadline))?;
     Ok(image)
 }
 
@@ -259,13 +267,15 @@ fn create_sandbox(client: &Client, order: &Order<'_>, config: &proto::PodSandbox
         Ok(_) => grpc::Error { method: "RunPodSandbox", kind: ErrorKind::Protocol("the answer lacks the sandbox's id") },
         Err(error) => error,
     };
-    let unavailable = error.status().is_some_and(|s| s.message.contains("no runtime for") || s.message.contains("handler"));
+    // The words of containerd, and of CRI-O.
+    let says = |words| error.status().is_some_and(|s| s.message.contains(words));
+    let unknown = says("no runtime for") || says("failed to find runtime handler");
     if !error.is_in_doubt() {
-        return Err(failure(&error, if unavailable { Reason::HandlerUnavailable } else { Reason::CreateFailed }));
+        return Err(failure(&error, if unknown { Reason::HandlerUnavailable } else { Reason::CreateFailed }, deadline));
     }
     // The deadline may be over; looking has one of its own.
     let look = Deadline::within_ms(limits::CRI_QUICK_MS_MAX, "look for the sandbox");
-    let listed = client.list_pod_sandbox(ours(order.node, Some(order.workload)), look).unwrap_or_default();
+    let listed = client.list_pod_sandbox(ours(order.node, Some(order.uid)), look).unwrap_or_default();
     let found = listed.into_iter().find(|s| s.metadata.as_ref().is_some_and(|m| m.attempt == order.attempt));
     match found {
         Some(sandbox) if deadline.left().is_ok() && sandbox.state() == proto::PodSandboxState::SandboxReady => {
@@ -274,9 +284,9 @@ fn create_sandbox(client: &Client, order: &Order<'_>, config: &proto::PodSandbox
         }
         Some(sandbox) => {
             undo(client, &Made { sandbox_id: Some(sandbox.id), container_id: None });
-            Err(failure(&error, Reason::CreateFailed))
+            Err(failure(&error, Reason::CreateFailed, deadline))
         }
-        None => Err(failure(&error, Reason::CreateFailed)),
+        None => Err(failure(&error, Reason::CreateFailed, deadline)),
     }
 }
 
@@ -288,35 +298,48 @@ fn verify_handler(asked: &str, reported: &str) -> Result<(), StartError> {
     Err(StartError { reason: Reason::IsolationMismatch, message, retriable: false })
 }
 
-/// Starts the container and reads back when. A lost answer is settled by asking for the state.
+/// Starts the container and reads back when. A lost answer is settled by asking for the state. Once the request may have left, the
+/// user's code may have run, and a failure is never a reason to run it again.
 fn start_container(client: &Client, id: &str, deadline: Deadline) -> Result<proto::ContainerStatus, StartError> {
     let started = client.start_container(id, deadline);
+    let fail = |error: &grpc::Error, sent: bool| {
+        let failure = failure(error, Reason::StartFailed, deadline);
+        StartError { retriable: failure.retriable && !sent, ..failure }
+    };
+    let sent = !matches!(&started, Err(grpc::Error { kind: ErrorKind::Connect(_), .. }));
     if let Err(error) = &started {
         if !error.is_in_doubt() {
-            return Err(failure(error, Reason::StartFailed));
+            return Err(fail(error, sent));
         }
     }
-    let status = client.container_status(id, deadline).map_err(|e| failure(&e, Reason::StartFailed))?;
+    let status = client.container_status(id, deadline).map_err(|e| fail(&e, sent))?;
+    let never_ran = status.state() == proto::ContainerState::ContainerExited && status.reason == START_ERROR;
     match (started, status.state()) {
-        (Err(error), proto::ContainerState::ContainerCreated | proto::ContainerState::ContainerUnknown) => {
-            Err(failure(&error, Reason::StartFailed))
+        (Err(error), proto::ContainerState::ContainerCreated | proto::ContainerState::ContainerUnknown) => Err(fail(&error, sent)),
+        _ if never_ran => {
+            let message = clip(status.message, limits::MESSAGE_BYTES_MAX);
+            Err(StartError { reason: Reason::StartFailed, message, retriable: false })
         }
         (Ok(()) | Err(_), _) => Ok(status),
     }
 }
 
+/// containerd's word for a container whose start failed: it calls it exited, with an exit code of its own making.
+const START_ERROR: &str = "StartError";
+
 /// The failure of a step, from the error of its call.
-fn failure(error: &grpc::Error, reason: Reason) -> StartError {
+fn failure(error: &grpc::Error, reason: Reason, deadline: Deadline) -> StartError {
     let message = clip(crate::report::Chain(error).to_string(), limits::MESSAGE_BYTES_MAX);
-    let code = error.code();
-    let expired = matches!(error.kind, ErrorKind::Expired(_)) || code == Some(Code::DeadlineExceeded);
-    let lost = matches!(error.kind, ErrorKind::Broken(_) | ErrorKind::Connect(_)) || code == Some(Code::Unavailable);
+    let expired = deadline.left().is_err();
+    // A reset stream was answered, in a way; only a broken connection says that the runtime is not there.
+    let broken = matches!(&error.kind, ErrorKind::Broken(cause) if !cause.as_ref().is_some_and(h2::Error::is_reset));
+    let lost = broken || matches!(error.kind, ErrorKind::Connect(_)) || error.code() == Some(Code::Unavailable);
     let reason = match reason {
         _ if expired => Reason::StartDeadlineExceeded,
         _ if lost => Reason::RuntimeUnavailable,
         reason => reason,
     };
-    // The name is held by a sandbox of an earlier start that came to light late; the next attempt has another name.
+    // The name is held by a sandbox of an earlier attempt that came to light late; the next attempt has another name.
     let reserved = error.status().is_some_and(|s| s.message.contains("is reserved for"));
     StartError { reason, message, retriable: (lost && !expired) || reserved }
 }
@@ -349,10 +372,10 @@ pub fn remove_sandbox(client: &Client, id: &str, deadline: Deadline) -> Result<(
     gone(client.remove_pod_sandbox(id, deadline))
 }
 
-/// Selects our sandboxes, or those of one workload.
-fn ours(node: &Name, workload: Option<&Workload>) -> proto::PodSandboxFilter {
+/// Selects our sandboxes, or those of one acceptance.
+fn ours(node: &Name, uid: Option<&str>) -> proto::PodSandboxFilter {
     let mut label_selector = BTreeMap::from([(LABEL_NODE.to_owned(), node.to_string())]);
-    label_selector.extend(workload.map(|w| (LABEL_WORKLOAD.to_owned(), w.id.to_string())));
+    label_selector.extend(uid.map(|uid| (LABEL_UID.to_owned(), uid.to_owned())));
     proto::PodSandboxFilter { label_selector, ..Default::default() }
 }
 
@@ -360,7 +383,9 @@ fn labels(order: &Order<'_>) -> BTreeMap<String, String> {
     BTreeMap::from([
         (LABEL_NODE.to_owned(), order.node.to_string()),
         (LABEL_WORKLOAD.to_owned(), order.workload.id.to_string()),
-        (LABEL_CLASS.to_owned(), order.class.name.to_string()),
+        (LABEL_UID.to_owned(), order.uid.to_owned()),
+        (LABEL_HANDLER.to_owned(), order.class.handler.clone()),
+        (LABEL_OWN_KERNEL.to_owned(), order.class.own_kernel.to_string()),
     ])
 }
 
@@ -379,7 +404,7 @@ fn sandbox_config(order: &Order<'_>) -> proto::PodSandboxConfig {
     proto::PodSandboxConfig {
         metadata: Some(proto::PodSandboxMetadata {
             name: id.to_owned(),
-            uid: id.to_owned(),
+            uid: order.uid.to_owned(),
             namespace: NAMESPACE.to_owned(),
             attempt: order.attempt,
         }),
@@ -396,7 +421,7 @@ fn sandbox_config(order: &Order<'_>) -> proto::PodSandboxConfig {
                 ..Default::default()
             }),
             overhead: Some(proto::LinuxContainerResources { memory_limit_in_bytes: overhead, ..Default::default() }),
-            resources: Some(resources(workload)),
+            resources: Some(resources(order)),
             ..Default::default()
         }),
     }
@@ -416,7 +441,7 @@ fn port_mapping(port: &crate::workload::Port) -> proto::PortMapping {
     }
 }
 
-fn container_config(order: &Order<'_>, image: &proto::ImageSpec) -> proto::ContainerConfig {
+fn container_config(order: &Order<'_>, image: &proto::ImageSpec, mounts: &[crate::workload::Mount]) -> proto::ContainerConfig {
     let spec = &order.workload.spec;
     let id = |n: u32| proto::Int64Value { value: n.into() };
     // On a shared kernel a capability is a piece of the host, so none is given that was not asked for.
@@ -429,12 +454,12 @@ fn container_config(order: &Order<'_>, image: &proto::ImageSpec) -> proto::Conta
         args: spec.args.clone(),
         working_dir: spec.working_dir.clone().unwrap_or_default(),
         envs: spec.env.iter().map(|(key, value)| proto::KeyValue { key: key.clone(), value: value.expose().as_bytes().to_vec() }).collect(),
-        mounts: spec.mounts.iter().map(mount).collect(),
+        mounts: mounts.iter().map(mount).collect(),
         labels: labels(order),
         annotations: BTreeMap::new(),
         log_path: log_file(order.attempt),
         linux: Some(proto::LinuxContainerConfig {
-            resources: Some(resources(order.workload)),
+            resources: Some(resources(order)),
             security_context: Some(proto::LinuxContainerSecurityContext {
                 capabilities: Some(proto::Capability { add_capabilities: add, drop_capabilities: drop }),
                 privileged: false,
@@ -469,10 +494,10 @@ fn mount(mount: &crate::workload::Mount) -> proto::Mount {
 /// What a workload may use. The same numbers go to the sandbox, from which virtual machines are sized, and to the container.
 ///
 /// CPU: quota and shares of the CFS, as Kubernetes computes them (period 100 ms; at least 1 ms and 2 shares).
-fn resources(workload: &Workload) -> proto::LinuxContainerResources {
-    let spec = &workload.spec;
+fn resources(order: &Order<'_>) -> proto::LinuxContainerResources {
+    let spec = &order.workload.spec;
     let signed = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
-    let unified = spec.pids_max.map(|n| ("pids.max".to_owned(), n.to_string())).into_iter().collect();
+    let unified = order.pids_max.map(|n| ("pids.max".to_owned(), n.to_string())).into_iter().collect();
     proto::LinuxContainerResources {
         cpu_period: 100_000,
         cpu_quota: signed((spec.cpu_millicores * 100).max(1000)),
@@ -521,8 +546,14 @@ const READONLY_PATHS: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/
 pub struct Seen {
     /// The workload's id, as labelled.
     pub workload: String,
-    /// Which sandbox of the workload.
+    /// Its acceptance, as labelled.
+    pub uid: String,
+    /// Which sandbox of the acceptance.
     pub attempt: u32,
+    /// The handler that was asked for, as labelled.
+    pub asked_handler: String,
+    /// Whether a kernel of its own was promised, as labelled; a sandbox without the label was promised one.
+    pub own_kernel: bool,
     /// The runtime's name for it.
     pub sandbox_id: String,
     /// Whether it is alive.
@@ -561,7 +592,10 @@ pub fn list(client: &Client, node: &Name) -> Result<Vec<Seen>, grpc::Error> {
         let container = containers.remove(&sandbox.id).map(|c| SeenContainer { state: c.state(), id: c.id });
         Seen {
             workload: sandbox.labels.get(LABEL_WORKLOAD).cloned().unwrap_or_default(),
+            uid: sandbox.labels.get(LABEL_UID).cloned().unwrap_or_default(),
             attempt: sandbox.metadata.as_ref().map(|m| m.attempt).unwrap_or_default(),
+            asked_handler: sandbox.labels.get(LABEL_HANDLER).cloned().unwrap_or_default(),
+            own_kernel: sandbox.labels.get(LABEL_OWN_KERNEL).is_none_or(|label| label != "false"),
             is_ready: sandbox.state() == proto::PodSandboxState::SandboxReady,
             handler: sandbox.runtime_handler,
             annotation: sandbox.annotations.get(ANNOTATION_WORKLOAD).cloned().unwrap_or_default(),
@@ -593,6 +627,8 @@ pub struct Ending {
     pub exit_code: Option<i32>,
     /// The runtime says that the kernel killed it for its memory.
     pub oom_killed: bool,
+    /// It never ran: the runtime could not start it.
+    pub never_ran: bool,
     /// The runtime's own words.
     pub message: String,
     /// When it ran, first.
@@ -606,20 +642,59 @@ pub struct Ending {
 /// # Errors
 /// Those of the call; `NotFound` among them.
 pub fn observe(client: &Client, container_id: &str, deadline: Deadline) -> Result<Observed, grpc::Error> {
-    let status = client.container_status(container_id, deadline)?;
-    Ok(match status.state() {
+    client.container_status(container_id, deadline).map(observed)
+}
+
+fn observed(status: proto::ContainerStatus) -> Observed {
+    let started_at = Timestamp::from_nanos(status.started_at);
+    match status.state() {
         proto::ContainerState::ContainerCreated => Observed::Created,
-        proto::ContainerState::ContainerRunning => Observed::Running(Timestamp::from_nanos(status.started_at)),
+        proto::ContainerState::ContainerRunning => Observed::Running(started_at),
         proto::ContainerState::ContainerExited => Observed::Ended(Ending {
-            // containerd's way to say that it lost the container: exit code 255 for the reason "Unknown".
-            exit_code: Some(status.exit_code).filter(|_| status.reason != "Unknown"),
+            // containerd's ways to say that there is none: the container was lost, or never ran.
+            exit_code: Some(status.exit_code).filter(|_| status.reason != "Unknown" && status.reason != START_ERROR),
             oom_killed: status.reason == "OOMKilled",
+            never_ran: status.reason == START_ERROR,
             message: clip(status.message, limits::MESSAGE_BYTES_MAX),
-            started_at: Timestamp::from_nanos(status.started_at),
+            started_at,
             finished_at: Timestamp::from_nanos(status.finished_at),
         }),
         proto::ContainerState::ContainerUnknown => Observed::Unknown,
-    })
+    }
+}
+
+/// What an agent needs to know of a sandbox it did not start itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Found {
+    /// The container.
+    pub observed: Observed,
+    /// The sandbox's address.
+    pub ip: Option<String>,
+    /// The image, as the runtime resolved it.
+    pub image_digest: Option<String>,
+}
+
+/// Asks for what a list does not say.
+///
+/// # Errors
+/// When the runtime did not answer. A refusal is an answer: nothing is known then.
+pub fn find_out(client: &Client, seen: &Seen) -> Result<Found, grpc::Error> {
+    let deadline = Deadline::within_ms(limits::CRI_QUICK_MS_MAX, "adopt");
+    let answered = |error: grpc::Error| if error.status().is_some() && !error.is_in_doubt() { Ok(()) } else { Err(error) };
+    let mut found = Found { observed: Observed::Unknown, ip: None, image_digest: None };
+    match client.pod_sandbox_status(&seen.sandbox_id, deadline) {
+        Ok(status) => found.ip = status.network.map(|n| n.ip).filter(|ip| !ip.is_empty()),
+        Err(error) => answered(error)?,
+    }
+    let container_id = seen.container.as_ref().map(|c| c.id.as_str()).unwrap_or_default();
+    match client.container_status(container_id, deadline) {
+        Ok(status) => {
+            found.image_digest = Some(status.image_ref.clone()).filter(|r| !r.is_empty());
+            found.observed = observed(status);
+        }
+        Err(error) => answered(error)?,
+    }
+    Ok(found)
 }
 
 /// Asks the guest for its kernel release: `Ok(None)` when the image has nothing to answer with.

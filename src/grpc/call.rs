@@ -145,10 +145,10 @@ impl Connection {
             .enable_push(false)
             .initial_window_size(limits::GRPC_WINDOW_BYTES)
             .initial_connection_window_size(limits::GRPC_WINDOW_BYTES)
-            .max_header_list_size(16 * 1024)
+            .max_header_list_size(limits::GRPC_HEADER_BYTES_MAX)
             .max_concurrent_streams(1);
         let handshake = builder.handshake::<_, Bytes>(pipe.clone());
-        let (requests, h2) = match drive(&pipe, deadline.phase("handshake"), |_| {}, handshake) {
+        let (requests, h2) = match drive(&pipe, deadline.phase("handshake"), |_| false, handshake) {
             Ok(Ok(pair)) => pair,
             Ok(Err(error)) => return Err(pipe.take_write_error().map_or(ErrorKind::Broken(Some(error)), ErrorKind::Connect)),
             Err(error) => return Err(ErrorKind::Connect(error)),
@@ -254,11 +254,12 @@ impl Connection {
     }
 }
 
-fn poll_h2(h2: &mut H2Connection<Pipe, Bytes>, is_over: &mut bool, context: &mut Context<'_>) {
-    // Polled after its end it would panic; the call learns of the end through its own stream.
+/// Polls the connection, unless it is over: polled after its end it would panic. A failed write ends it without a word to its streams.
+fn poll_h2(h2: &mut H2Connection<Pipe, Bytes>, is_over: &mut bool, context: &mut Context<'_>) -> bool {
     if !*is_over {
         *is_over = std::pin::Pin::new(h2).poll(context).is_ready();
     }
+    *is_over
 }
 
 /// Whether the server says that it did not process the request: a graceful GOAWAY below our stream, or REFUSED_STREAM

@@ -203,14 +203,15 @@ impl Wake for Flag {
     }
 }
 
-/// Runs `call` to its end, polling `connection` along with it, waiting on `pipe` when neither moves.
+/// Runs `call` to its end, polling `connection` along with it, waiting on `pipe` when neither moves. `connection` answers whether it
+/// is over: then a call that does not end by itself never will.
 ///
 /// # Errors
 /// [`net::Error`] when the wait for the peer failed; the call is then in an unknown state, and its connection must be dropped.
 pub fn drive<T>(
     pipe: &Pipe,
     deadline: Deadline,
-    mut connection: impl FnMut(&mut Context<'_>),
+    mut connection: impl FnMut(&mut Context<'_>) -> bool,
     call: impl Future<Output = T>,
 ) -> Result<T, net::Error> {
     let flag = Arc::new(Flag::default());
@@ -218,12 +219,16 @@ pub fn drive<T>(
     let mut context = Context::from_waker(&waker);
     let mut call = pin!(call);
     loop {
-        connection(&mut context);
+        let is_over = connection(&mut context);
         if let Poll::Ready(value) = call.as_mut().poll(&mut context) {
             return Ok(value);
         }
-        if !flag.take() {
-            pipe.fill(deadline)?;
+        if flag.take() {
+            continue;
         }
+        if is_over {
+            return Err(net::Error::Closed);
+        }
+        pipe.fill(deadline)?;
     }
 }

@@ -1,6 +1,6 @@
 //! Lines from a socket: bytes up to `\n`, at most so many, begun and ended in time.
 //!
-//! Invariant: `begin <= scanned <= buffer.len() <= bytes_max`, and `buffer[begin..scanned]` holds no newline.
+//! Invariant: `begin <= scanned <= buffer.len()`, `buffer.len() - begin <= bytes_max`, and `buffer[begin..scanned]` holds no newline.
 
 use super::{Error, Stream};
 use crate::deadline::{Deadline, Expired};
@@ -41,7 +41,6 @@ impl LineReader {
     /// # Errors
     /// [`LineError`]. Only [`LineError::Idle`] leaves the reader usable.
     pub fn next(&mut self, stream: &mut Stream, idle: Deadline) -> Result<Option<&[u8]>, LineError> {
-        self.discard_read();
         let mut slow: Option<Deadline> = None;
         loop {
             let fresh = self.buffer.get(self.scanned..).unwrap_or_default();
@@ -52,6 +51,8 @@ impl LineReader {
                 self.scanned = self.begin;
                 return Ok(Some(line.strip_suffix(b"\r").unwrap_or(line)));
             }
+            // Only before waiting: moving the rest after each short line would cost the square of a long pipeline.
+            self.discard_read();
             self.scanned = self.buffer.len();
             if self.buffer.len() >= self.bytes_max {
                 return Err(LineError::TooLong(self.bytes_max));
@@ -72,12 +73,16 @@ impl LineReader {
     /// Whether the other side closed or spoke while we were writing to it: what follows a long answer may tell.
     pub fn is_closed(&mut self, stream: &mut Stream) -> bool {
         let mut probe = [0; 512];
+        if self.buffer.len().saturating_sub(self.begin) >= self.bytes_max {
+            // A client that sends more than a line while it is being answered is not waited for.
+            return true;
+        }
         match stream.read_ready(&mut probe) {
             Ok(None) => false,
             Ok(Some(0)) | Err(_) => true,
             Ok(Some(n)) => {
                 self.buffer.extend_from_slice(probe.get(..n).unwrap_or_default());
-                self.buffer.len() > self.bytes_max
+                false
             }
         }
     }
@@ -96,7 +101,6 @@ impl LineReader {
     fn discard_read(&mut self) {
         self.buffer.drain(..self.begin.min(self.buffer.len()));
         self.begin = 0;
-        self.scanned = 0;
         if self.buffer.is_empty() {
             self.buffer.shrink_to(4096);
         }

@@ -2,7 +2,7 @@
 //!
 //! Stopping: set the flag, connect to ourselves so that `accept` returns, shut the reading side of every connection (a waiting
 //! reader sees the end of the stream; an answer in flight still leaves), wait for the threads until the drain is over, then shut
-//! both sides of what is left.
+//! both sides of what is left, and leave behind a thread that even so does not end: it waits for somebody else.
 //!
 //! Invariant: connections served at a time <= `CONNECTIONS_MAX`; one more gets a complete refusal and is closed.
 
@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener};
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -71,7 +71,9 @@ fn bind_unix(path: &Path) -> io::Result<UnixListener> {
         Ok(meta) if !meta.file_type().is_socket() => return Err(io::Error::new(io::ErrorKind::AlreadyExists, "not a socket")),
         Ok(_) => match UnixStream::connect(path) {
             Ok(_) => return Err(io::ErrorKind::AddrInUse.into()),
-            Err(_) => fs::remove_file(path)?,
+            // Nobody listens; any other error does not say so.
+            Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path)?,
+            Err(e) => return Err(e),
         },
         Err(e) if e.kind() == io::ErrorKind::NotFound => {}
         Err(e) => return Err(e),
@@ -99,8 +101,32 @@ pub trait Service: Send + Sync + 'static {
 #[derive(Debug)]
 pub struct Server {
     address: Address,
+    file: Option<SocketFile>,
     shared: Arc<Shared>,
     accept: Option<JoinHandle<()>>,
+}
+
+/// The file of a Unix socket that we made.
+#[derive(Debug)]
+struct SocketFile {
+    path: PathBuf,
+    device: u64,
+    inode: u64,
+}
+
+impl SocketFile {
+    fn of(address: &Address) -> Option<Self> {
+        let Address::Unix(path) = address else { return None };
+        let meta = fs::symlink_metadata(path).ok()?;
+        Some(Self { path: path.clone(), device: meta.dev(), inode: meta.ino() })
+    }
+
+    /// Removes it, if it is still the one we made.
+    fn remove(&self) {
+        if fs::symlink_metadata(&self.path).is_ok_and(|meta| meta.dev() == self.device && meta.ino() == self.inode) {
+            let _ = fs::remove_file(&self.path); // Gone already is as good.
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -133,6 +159,7 @@ impl Server {
     /// When there are no threads left.
     pub fn start<S: Service>(listener: Listener, name: &'static str, service: Arc<S>) -> io::Result<Self> {
         let address = listener.address()?;
+        let file = SocketFile::of(&address);
         let shared = Arc::new(Shared { stopping: AtomicBool::new(false), connections: Mutex::default(), changed: Condvar::new() });
         let accept = {
             let shared = Arc::clone(&shared);
@@ -141,7 +168,7 @@ impl Server {
                 .stack_size(limits::STACK_BYTES)
                 .spawn(move || accept_loop(&listener, name, &service, &shared))?
         };
-        Ok(Self { address, shared, accept: Some(accept) })
+        Ok(Self { address, file, shared, accept: Some(accept) })
     }
 
     /// Where it listens.
@@ -154,13 +181,17 @@ impl Server {
         self.shared.lock().open.len()
     }
 
-    /// Stops: no new connections, requests in flight have `drain_ms` to end.
+    /// Stops: no new connections, requests in flight have `drain_ms` to end. What does not end even when both its sides are shut is
+    /// left behind, for the process to end with.
     pub fn stop(mut self, drain_ms: u64) {
         self.shared.stopping.store(true, Ordering::SeqCst);
+        let accept: Vec<_> = self.accept.take().into_iter().collect();
         wake(&self.address);
-        if let Some(accept) = self.accept.take() {
-            join(accept);
+        if let Some(file) = &self.file {
+            file.remove();
         }
+        // Whoever took our file's place took the wake-up too.
+        join_within(accept, Deadline::within_ms(limits::CUT_OFF_MS, "accept"));
         let deadline = Deadline::within_ms(drain_ms, "drain");
         let mut connections = self.shared.lock();
         for (stream, _) in connections.open.values() {
@@ -171,7 +202,7 @@ impl Server {
             connections = self.shared.changed.wait_timeout(connections, left).unwrap_or_else(PoisonError::into_inner).0;
         }
         if !connections.open.is_empty() {
-            log::warn!("{} connections were cut off: not over within {drain_ms} ms", connections.open.len());
+            log::warn!("{} connections are cut off: not over within {drain_ms} ms", connections.open.len());
         }
         let mut threads = std::mem::take(&mut connections.done);
         for (stream, thread) in connections.open.values_mut() {
@@ -179,12 +210,23 @@ impl Server {
             threads.extend(thread.take());
         }
         drop(connections);
-        for thread in threads {
-            join(thread);
+        join_within(threads, Deadline::within_ms(limits::CUT_OFF_MS, "cut off"));
+    }
+}
+
+/// Joins what ends in time.
+fn join_within(mut threads: Vec<JoinHandle<()>>, deadline: Deadline) {
+    loop {
+        let (over, rest): (Vec<_>, Vec<_>) = threads.into_iter().partition(JoinHandle::is_finished);
+        threads = rest;
+        over.into_iter().for_each(join);
+        if threads.is_empty() {
+            return;
         }
-        if let Address::Unix(path) = &self.address {
-            let _ = fs::remove_file(path); // Gone already is as good.
+        if deadline.left().is_err() {
+            return log::warn!("{} threads do not end and are left behind", threads.len());
         }
+        thread::park_timeout(Duration::from_millis(1));
     }
 }
 
@@ -336,6 +378,30 @@ mod tests {
         server.stop(60_000);
         assert!(watch.elapsed_ms() < 5000);
         assert_eq!(client.read(&mut [0; 1], soon()).expect("end of stream"), 0);
+    }
+
+    #[test]
+    fn stop_does_not_wait_for_a_thread_that_waits_for_somebody_else() {
+        struct Deaf(crossbeam_channel::Receiver<()>);
+        impl Service for Deaf {
+            fn serve(&self, mut stream: Stream, _stopping: &AtomicBool) {
+                stream.write_all(b"in", Deadline::within_ms(5000, "test")).expect("written");
+                let _ = self.0.recv();
+            }
+
+            fn busy(&self) -> &'static [u8] {
+                b"busy"
+            }
+        }
+        let (release, held) = crossbeam_channel::bounded(0);
+        let listener = Listener::bind(&Address::parse("127.0.0.1:0").expect("valid")).expect("a free port");
+        let server = Server::start(listener, "deaf", Arc::new(Deaf(held))).expect("a thread");
+        let mut client = Stream::connect(server.address(), soon()).expect("connected");
+        assert_eq!(client.read(&mut [0; 8], soon()).expect("served"), 2);
+        let watch = crate::deadline::Stopwatch::start();
+        server.stop(10);
+        assert!(watch.elapsed_ms() < limits::CUT_MS + 5000);
+        drop(release);
     }
 
     #[test]

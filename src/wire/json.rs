@@ -2,7 +2,7 @@
 //!
 //! Invariant: a text that does not parse, or holds a key twice, never becomes a value.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::fmt;
 
 use serde::de::{self, DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
@@ -67,7 +67,7 @@ impl std::error::Error for Problems {}
 /// # Errors
 /// A syntax error, as one problem at the whole body; every duplicate key, each at its place.
 pub fn parse(bytes: &[u8]) -> Result<Value, Problems> {
-    let strict = Strict { pointer: RefCell::default(), problems: RefCell::default() };
+    let strict = Strict { pointer: RefCell::default(), problems: RefCell::default(), values: Cell::new(0) };
     let mut deserializer = serde_json::Deserializer::from_slice(bytes);
     let value = (At { strict: &strict, depth: 0 })
         .deserialize(&mut deserializer)
@@ -85,6 +85,7 @@ fn syntax(error: &serde_json::Error) -> String {
 struct Strict {
     pointer: RefCell<String>,
     problems: RefCell<Problems>,
+    values: Cell<usize>,
 }
 
 #[derive(Clone, Copy)]
@@ -128,6 +129,11 @@ impl<'de> DeserializeSeed<'de> for At<'_> {
     type Value = Value;
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
+        let values = self.strict.values.get().saturating_add(1);
+        self.strict.values.set(values);
+        if values > limits::JSON_VALUES_MAX {
+            return Err(de::Error::custom(format_args!("more than {} values", limits::JSON_VALUES_MAX)));
+        }
         deserializer.deserialize_any(self)
     }
 }
@@ -418,6 +424,13 @@ mod tests {
         assert!(parse(nested(limits::JSON_DEPTH_MAX).as_bytes()).is_ok());
         assert!(parse(nested(limits::JSON_DEPTH_MAX + 1).as_bytes()).is_err());
         assert!(parse("[".repeat(1 << 20).as_bytes()).is_err());
+    }
+
+    #[test]
+    fn values_are_counted() {
+        let many = |n: usize| format!("[{}]", vec!["0"; n].join(","));
+        assert!(parse(many(limits::JSON_VALUES_MAX - 1).as_bytes()).is_ok());
+        assert!(parse(many(limits::JSON_VALUES_MAX).as_bytes()).is_err());
     }
 
     #[test]

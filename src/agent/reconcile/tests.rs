@@ -1,38 +1,47 @@
 use super::*;
 use crate::cri::runtime::SeenContainer;
-use crate::workload::Name;
 
+fn id() -> WorkloadId {
+    WorkloadId::new("a").expect("valid")
+}
+
+/// An entry whose start made the sandbox of this attempt, or made none.
 fn known(state: State, attempt: u32, made: bool) -> Known {
     Known {
-        id: WorkloadId::new("a").expect("valid"),
+        id: id(),
+        uid: "u".into(),
         version: 7,
         state,
-        attempt,
         made: made.then(|| (format!("s{attempt}"), "c".to_owned())),
-        class: Name::new("gvisor").expect("valid"),
+        endpoint: 0,
+        handler: made.then(|| "runsc".to_owned()),
         is_busy: false,
+        is_ending: false,
     }
 }
 
 fn seen(attempt: u32, container: Option<ContainerState>) -> Seen {
     Seen {
         workload: "a".into(),
+        uid: "u".into(),
         attempt,
+        asked_handler: "runsc".into(),
+        own_kernel: true,
         sandbox_id: format!("s{attempt}"),
         is_ready: true,
         handler: "runsc".into(),
         annotation: String::new(),
-        created_at: None,
+        created_at: crate::deadline::Timestamp::from_nanos(i64::from(attempt + 1) * 1_000_000),
         container: container.map(|state| SeenContainer { id: "c".into(), state }),
     }
 }
 
-fn sweep(attempt: u32) -> Action {
-    Action::Sweep { sandbox_id: format!("s{attempt}"), workload: "a".into() }
+fn confirm() -> Action {
+    Action::Confirm { id: id(), container_id: "c".into() }
 }
 
 fn check(known: &[Known], seen: &[Seen], first: bool, expected: &[Action]) {
-    assert_eq!(plan(known, seen, first, |_| Some("runsc".into())), expected, "known {known:?}, seen {seen:?}, first {first}");
+    assert_eq!(plan(known, seen, 0, first), expected, "known {known:?}, seen {seen:?}, first {first}");
 }
 
 const RUNNING: Option<ContainerState> = Some(ContainerState::ContainerRunning);
@@ -41,13 +50,11 @@ const CREATED: Option<ContainerState> = Some(ContainerState::ContainerCreated);
 
 #[test]
 fn what_runs_as_known_is_confirmed() {
-    let confirm = Action::Confirm { id: WorkloadId::new("a").expect("valid"), container_id: "c".into() };
-    check(&[known(State::Running, 0, true)], &[seen(0, RUNNING)], false, &[confirm]);
+    check(&[known(State::Running, 0, true)], &[seen(0, RUNNING)], false, &[confirm()]);
 }
 
 #[test]
 fn what_ended_is_asked_for_and_what_is_gone_has_vanished() {
-    let id = || WorkloadId::new("a").expect("valid");
     let ask = Action::Ask { id: id(), version: 7, container_id: "c".into() };
     check(&[known(State::Running, 0, true)], &[seen(0, EXITED)], false, &[ask.clone()]);
     check(&[known(State::Running, 0, true)], &[seen(0, None)], false, &[ask]);
@@ -75,33 +82,56 @@ fn what_is_over_stays_as_it_is() {
 
 #[test]
 fn what_a_failed_start_left_is_swept() {
-    check(&[known(State::Failed, 0, false)], &[seen(0, CREATED)], false, &[sweep(0)]);
-    check(&[known(State::Pending, 1, false)], &[seen(0, None)], false, &[sweep(0)]);
+    check(&[known(State::Failed, 0, false)], &[seen(0, CREATED)], false, &[Action::Sweep(seen(0, CREATED))]);
+    check(&[known(State::Pending, 1, false)], &[seen(0, None)], false, &[Action::Sweep(seen(0, None))]);
 }
 
 #[test]
-fn of_several_attempts_only_the_newest_counts() {
-    let confirm = Action::Confirm { id: WorkloadId::new("a").expect("valid"), container_id: "c".into() };
-    check(&[known(State::Running, 1, true)], &[seen(0, CREATED), seen(1, RUNNING)], false, &[sweep(0), confirm.clone()]);
-    check(&[known(State::Running, 1, true)], &[seen(1, RUNNING), seen(0, CREATED)], false, &[sweep(0), confirm]);
+fn what_an_entry_owns_is_not_judged_by_what_else_has_its_name() {
+    let late = |uid: &str, attempt| Seen { uid: uid.into(), ..seen(attempt, RUNNING) };
+    for other in [late("another", 5), late("u", 5)] {
+        for list in [[seen(0, RUNNING), other.clone()], [other.clone(), seen(0, RUNNING)]] {
+            check(&[known(State::Running, 0, true)], &list, false, &[Action::Sweep(other.clone()), confirm()]);
+        }
+    }
 }
 
 #[test]
-fn only_the_first_list_takes_up_what_nobody_knows() {
+fn what_may_belong_to_a_start_in_flight_is_left_alone_and_strangers_are_not() {
+    let busy = Known { is_busy: true, ..known(State::Pending, 0, false) };
+    check(&[busy.clone()], &[seen(0, CREATED)], false, &[]);
+    let stranger = Seen { uid: "another".into(), ..seen(3, RUNNING) };
+    check(&[busy], &[stranger.clone()], false, &[Action::Sweep(stranger)]);
+}
+
+#[test]
+fn a_workload_of_another_runtime_is_not_missed_in_this_one() {
+    let elsewhere = Known { endpoint: 1, ..known(State::Running, 0, true) };
+    check(&[elsewhere], &[], false, &[]);
+}
+
+#[test]
+fn only_the_first_list_takes_up_what_nobody_knows_and_of_several_the_newest() {
     check(&[], &[seen(0, RUNNING)], true, &[Action::Adopt(seen(0, RUNNING))]);
     check(&[], &[seen(0, EXITED)], true, &[Action::Adopt(seen(0, EXITED))]);
-    check(&[], &[seen(0, CREATED)], true, &[sweep(0)]);
-    check(&[], &[seen(0, None)], true, &[sweep(0)]);
-    check(&[], &[seen(0, RUNNING)], false, &[sweep(0)]);
+    check(&[], &[seen(0, CREATED)], true, &[Action::Sweep(seen(0, CREATED))]);
+    check(&[], &[seen(0, None)], true, &[Action::Sweep(seen(0, None))]);
+    check(&[], &[seen(0, RUNNING)], false, &[Action::Sweep(seen(0, RUNNING))]);
+    let expected = [Action::Sweep(seen(0, EXITED)), Action::Adopt(seen(1, RUNNING))];
+    check(&[], &[seen(0, EXITED), seen(1, RUNNING)], true, &expected);
+    check(&[], &[seen(1, RUNNING), seen(0, EXITED)], true, &expected);
 }
 
 #[test]
 fn another_handler_or_a_dead_sandbox_means_the_end() {
-    let reasons = |seen: Seen| {
-        let actions = plan(&[known(State::Running, 0, true)], &[seen], false, |_| Some("runsc".into()));
+    let reasons = |seen: Seen, is_ending| {
+        let known = Known { is_ending, ..known(State::Running, 0, true) };
+        let actions = plan(&[known], &[seen], 0, false);
         actions.into_iter().map(|a| if let Action::Kill { reason, .. } = a { Some(reason) } else { None }).collect::<Vec<_>>()
     };
-    assert_eq!(reasons(Seen { handler: "runc".into(), ..seen(0, RUNNING) }), [Some(Reason::IsolationMismatch)]);
-    assert_eq!(reasons(Seen { is_ready: false, ..seen(0, RUNNING) }), [Some(Reason::SandboxDied)]);
-    assert_eq!(reasons(Seen { is_ready: false, ..seen(0, EXITED) }), [None], "an exit code is worth asking for");
+    let lying = || Seen { handler: "runc".into(), ..seen(0, RUNNING) };
+    assert_eq!(reasons(lying(), false), [Some(Reason::IsolationMismatch)]);
+    assert_eq!(reasons(lying(), true), [], "it is said once");
+    assert_eq!(reasons(Seen { is_ready: false, ..seen(0, RUNNING) }, false), [Some(Reason::SandboxDied)]);
+    assert_eq!(reasons(Seen { is_ready: false, ..seen(0, EXITED) }, false), [None], "an exit code is worth asking for");
 }

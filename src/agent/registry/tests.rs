@@ -29,6 +29,24 @@ fn workload(fields: serde_json::Value) -> Workload {
     crate::wire::workload::complete(value, "", &mut problems).unwrap_or_else(|| panic!("{problems}"))
 }
 
+fn class() -> Class {
+    Class {
+        name: Name::new("gvisor").expect("valid"),
+        handler: "runsc".into(),
+        own_kernel: true,
+        annotations: BTreeMap::new(),
+        overhead_mb: 24,
+        memory_mb_min: 4,
+        sandbox_ms_max: 1000,
+    }
+}
+
+impl House {
+    fn accept(&self, workload: Workload) -> Result<(State, Status), Refusal> {
+        self.registry.accept(workload, class(), 0)
+    }
+}
+
 fn started() -> Started {
     Started {
         sandbox_id: "s".into(),
@@ -36,13 +54,13 @@ fn started() -> Started {
         handler: "runsc".into(),
         ip: None,
         image_digest: None,
-        started_at: Timestamp::from_nanos(1_000_000),
+        observed: Observed::Running(Timestamp::from_nanos(1_000_000)),
         steps_ms: [0, 1, 2, 3],
     }
 }
 
 fn ending(exit_code: Option<i32>, oom_killed: bool) -> Observed {
-    Observed::Ended(Ending { exit_code, oom_killed, message: String::new(), started_at: None, finished_at: None })
+    Observed::Ended(Ending { exit_code, oom_killed, never_ran: false, message: String::new(), started_at: None, finished_at: None })
 }
 
 fn failure(reason: Reason, retriable: bool) -> StartError {
@@ -52,7 +70,7 @@ fn failure(reason: Reason, retriable: bool) -> StartError {
 /// A house with one workload that runs.
 fn running(fields: serde_json::Value, own_kernel: bool) -> House {
     let house = house();
-    house.registry.accept(workload(fields)).expect("accepted");
+    house.accept(workload(fields)).expect("accepted");
     let queued = house.starts.try_recv().expect("queued");
     let ticket = house.registry.begin_start(&queued).expect("to be started");
     ticket.finish(Ok((started(), own_kernel)));
@@ -71,16 +89,16 @@ fn reason(house: &House) -> Option<Reason> {
 #[test]
 fn the_same_workload_is_accepted_once_and_another_refused() {
     let house = house();
-    house.registry.accept(workload(json!({"env": {"A": "1"}}))).expect("accepted");
-    assert_eq!(house.registry.accept(workload(json!({"env": {"A": "1"}}))).map(|(state, _)| state), Ok(State::Pending));
-    assert_eq!(house.registry.accept(workload(json!({"env": {"A": "2"}}))).map(|_| ()), Err(Refusal::Differs));
+    house.accept(workload(json!({"env": {"A": "1"}}))).expect("accepted");
+    assert_eq!(house.accept(workload(json!({"env": {"A": "1"}}))).map(|(state, _)| state), Ok(State::Pending));
+    assert_eq!(house.accept(workload(json!({"env": {"A": "2"}}))).map(|_| ()), Err(Refusal::Differs));
     assert_eq!(house.starts.len(), 1, "one start is queued");
 }
 
 #[test]
 fn a_start_runs_once_however_often_it_is_queued() {
     let house = house();
-    house.registry.accept(workload(json!({}))).expect("accepted");
+    house.accept(workload(json!({}))).expect("accepted");
     let ticket = house.registry.begin_start(&id()).expect("to be started");
     assert!(house.registry.begin_start(&id()).is_none(), "a second worker finds nothing to do");
     ticket.finish(Ok((started(), false)));
@@ -90,7 +108,7 @@ fn a_start_runs_once_however_often_it_is_queued() {
 #[test]
 fn a_ticket_that_is_dropped_marks_the_workload_failed() {
     let house = house();
-    house.registry.accept(workload(json!({}))).expect("accepted");
+    house.accept(workload(json!({}))).expect("accepted");
     drop(house.registry.begin_start(&id()).expect("to be started"));
     assert_eq!((state(&house), reason(&house)), (State::Failed, Some(Reason::CreateFailed)));
 }
@@ -131,7 +149,7 @@ fn terminal_never_changes() {
 #[test]
 fn stopping_before_the_start_ends_at_once() {
     let house = house();
-    house.registry.accept(workload(json!({}))).expect("accepted");
+    house.accept(workload(json!({}))).expect("accepted");
     house.registry.want_stop(&id(), Reason::Stopped, None);
     assert_eq!((state(&house), reason(&house)), (State::Failed, Some(Reason::Stopped)));
     assert!(house.registry.begin_start(&id()).is_none(), "the queued start is passed over");
@@ -140,7 +158,7 @@ fn stopping_before_the_start_ends_at_once() {
 #[test]
 fn stopping_during_the_start_cancels_it() {
     let house = house();
-    house.registry.accept(workload(json!({}))).expect("accepted");
+    house.accept(workload(json!({}))).expect("accepted");
     let ticket = house.registry.begin_start(&id()).expect("to be started");
     assert!(!ticket.is_cancelled());
     house.registry.want_stop(&id(), Reason::Stopped, None);
@@ -153,7 +171,7 @@ fn stopping_during_the_start_cancels_it() {
 #[test]
 fn a_stop_that_comes_with_the_last_step_of_the_start_is_done_after_it() {
     let house = house();
-    house.registry.accept(workload(json!({}))).expect("accepted");
+    house.accept(workload(json!({}))).expect("accepted");
     let ticket = house.registry.begin_start(&id()).expect("to be started");
     house.registry.want_stop(&id(), Reason::TtlExpired, None);
     ticket.finish(Ok((started(), false)));
@@ -170,7 +188,7 @@ fn deleting_stops_then_removes_then_forgets() {
     assert!(house.registry.want_delete(&id()));
     let stop = house.registry.begin_end(&id()).expect("to be stopped");
     assert_eq!(stop.chore, Chore::Stop);
-    assert_eq!(house.registry.accept(workload(json!({}))).map(|_| ()), Err(Refusal::Leaving));
+    assert_eq!(house.accept(workload(json!({}))).map(|_| ()), Err(Refusal::Leaving));
     let Observed::Ended(ending) = ending(Some(143), false) else { unreachable!() };
     stop.finish(Ok(EndStep::Ended(ending)));
     let remove = house.registry.begin_end(&id()).expect("to be removed");
@@ -183,7 +201,7 @@ fn deleting_stops_then_removes_then_forgets() {
 #[test]
 fn deleting_what_waits_in_the_start_queue_needs_no_start_worker() {
     let house = house();
-    house.registry.accept(workload(json!({}))).expect("accepted");
+    house.accept(workload(json!({}))).expect("accepted");
     house.registry.want_delete(&id());
     let remove = house.registry.begin_end(&house.ends.try_recv().expect("queued")).expect("to be removed");
     assert_eq!(remove.chore, Chore::Remove);
@@ -207,12 +225,12 @@ fn a_failed_end_is_repeated_with_its_cause_shown() {
 #[test]
 fn a_lost_runtime_means_another_attempt_and_a_refusal_means_the_end() {
     let house = house();
-    house.registry.accept(workload(json!({}))).expect("accepted");
+    house.accept(workload(json!({}))).expect("accepted");
     house.registry.begin_start(&id()).expect("to be started").finish(Err(failure(Reason::RuntimeUnavailable, true)));
     let (state, status) = house.registry.status(&id()).expect("known");
     assert_eq!((state, status.attempt, status.reason), (State::Pending, 1, Some(Reason::RuntimeUnavailable)));
     let house = self::house();
-    house.registry.accept(workload(json!({}))).expect("accepted");
+    house.accept(workload(json!({}))).expect("accepted");
     house.registry.begin_start(&id()).expect("to be started").finish(Err(failure(Reason::ImageNotFound, false)));
     assert_eq!((self::state(&house), reason(&house)), (State::Failed, Some(Reason::ImageNotFound)));
 }
@@ -223,7 +241,8 @@ fn a_probe_tells_kernels_apart() {
         let house = running(json!({}), true);
         let queued = house.probes.try_recv().expect("queued");
         assert_eq!(house.registry.begin_probe(&queued).map(|(_, container)| container), Some("c".into()));
-        house.registry.finish_probe(&queued, kernel.map(str::to_owned));
+        house.registry.finish_probe(&queued, "another", Some("6.0-host".into()));
+        house.registry.finish_probe(&queued, "c", kernel.map(str::to_owned));
         let (_, status) = house.registry.status(&id()).expect("known");
         assert_eq!(status.isolation.verified, verified, "{kernel:?}");
         assert_eq!(status.isolation.message.is_some(), kernel.is_none());
@@ -256,7 +275,7 @@ fn a_stale_comparison_changes_nothing() {
 #[test]
 fn the_start_deadline_counts_the_time_in_the_queue() {
     let house = house();
-    house.registry.accept(workload(json!({"start_deadline_ms": 1}))).expect("accepted");
+    house.accept(workload(json!({"start_deadline_ms": 1}))).expect("accepted");
     let never = AtomicBool::new(false);
     house.registry.wait(&id(), Until::Started, Deadline::within_ms(5, "test"), &never);
     house.registry.tick();
@@ -275,7 +294,7 @@ fn the_time_to_live_stops_a_workload() {
 #[test]
 fn a_watch_sees_what_is_and_every_change_in_order() {
     let house = house();
-    house.registry.accept(workload(json!({}))).expect("accepted");
+    house.accept(workload(json!({}))).expect("accepted");
     let watch = house.registry.watch().expect("a place");
     assert_eq!(watch.present.len(), 1);
     house.registry.begin_start(&id()).expect("to be started").finish(Ok((started(), false)));
@@ -290,34 +309,116 @@ fn a_watch_sees_what_is_and_every_change_in_order() {
 
 #[test]
 fn a_watch_that_falls_behind_is_cut_off() {
-    let house = running(json!({}), false);
+    let house = running(json!({}), true);
     let watch = house.registry.watch().expect("a place");
     for _ in 0..=limits::WATCH_EVENTS_MAX {
-        house.registry.finish_probe(&id(), None);
+        let mut inner = house.registry.lock();
+        house.registry.publish(&mut inner, &id(), EventKind::Modified);
     }
     assert_eq!(watch.events.try_iter().count(), limits::WATCH_EVENTS_MAX);
     assert!(watch.events.try_recv().is_err_and(|e| e.is_disconnected()));
 }
 
-#[test]
-fn an_adopted_workload_is_the_same_whatever_its_secrets() {
-    let house = house();
-    let seen = Seen {
+fn seen() -> Seen {
+    Seen {
         workload: "wl-1".into(),
+        uid: "u".into(),
         attempt: 2,
+        asked_handler: "runsc".into(),
+        own_kernel: true,
         sandbox_id: "s".into(),
         is_ready: true,
         handler: "runsc".into(),
         annotation: String::new(),
         created_at: None,
         container: Some(crate::cri::runtime::SeenContainer { id: "c".into(), state: crate::cri::proto::ContainerState::ContainerRunning }),
-    };
+    }
+}
+
+fn found(observed: Observed) -> Found {
+    Found { observed, ip: Some("10.0.0.1".into()), image_digest: None }
+}
+
+#[test]
+fn an_adopted_workload_is_the_same_whatever_its_secrets() {
+    let house = house();
     let known = workload(json!({"env": {"TOKEN": ""}}));
-    house.registry.adopt(known, &seen, None, Observed::Running(None));
-    assert_eq!((state(&house), house.registry.known()[0].attempt), (State::Running, 2));
-    assert_eq!(house.registry.accept(workload(json!({"env": {"OTHER": "x"}}))).map(|_| ()), Err(Refusal::Differs));
-    assert!(house.registry.accept(workload(json!({"env": {"TOKEN": "x"}}))).is_ok());
-    assert_eq!(house.registry.accept(workload(json!({"env": {"TOKEN": "y"}}))).map(|_| ()), Err(Refusal::Differs));
+    house.registry.adopt(known, &seen(), 24, 0, found(Observed::Running(None)));
+    let (state, status) = house.registry.status(&id()).expect("known");
+    assert_eq!((state, status.attempt, status.ip.as_deref()), (State::Running, 2, Some("10.0.0.1")));
+    let (page, _) = house.registry.page(None, 1);
+    assert_eq!(page[0].spec["env"], json!({"TOKEN": null}), "a value nobody knows is not shown as empty");
+    assert_eq!(house.accept(workload(json!({"env": {"OTHER": "x"}}))).map(|_| ()), Err(Refusal::Differs));
+    assert!(house.accept(workload(json!({"env": {"TOKEN": "x"}}))).is_ok());
+    assert_eq!(house.accept(workload(json!({"env": {"TOKEN": "y"}}))).map(|_| ()), Err(Refusal::Differs));
+}
+
+#[test]
+fn a_sandbox_of_another_handler_is_taken_up_to_be_stopped_at_once() {
+    for handler in ["runc", ""] {
+        let house = house();
+        let seen = Seen { handler: handler.into(), own_kernel: false, ..seen() };
+        house.registry.adopt(workload(json!({"stop_grace_ms": 3_600_000})), &seen, 0, 0, found(Observed::Running(None)));
+        let ticket = house.registry.begin_end(&id()).expect("to be stopped");
+        assert_eq!((ticket.chore, ticket.grace_ms), (Chore::Stop, 0));
+        assert_ne!(house.registry.status(&id()).expect("known").1.isolation.verified, Some(true));
+    }
+}
+
+#[test]
+fn a_start_that_was_over_before_we_looked_ran_all_the_same() {
+    let house = house();
+    house.accept(workload(json!({}))).expect("accepted");
+    let watch = house.registry.watch().expect("a place");
+    let Observed::Ended(ending) = ending(Some(3), false) else { unreachable!() };
+    let over = Started { observed: Observed::Ended(ending), ..started() };
+    house.registry.begin_start(&id()).expect("to be started").finish(Ok((over, true)));
+    assert_eq!((state(&house), reason(&house)), (State::Failed, Some(Reason::Error)));
+    assert_eq!(watch.events.try_iter().map(|e| e.object.state).collect::<Vec<_>>(), [State::Running, State::Failed]);
+}
+
+#[test]
+fn a_polite_stop_holds_no_worker_and_is_followed_by_the_kill() {
+    let house = running(json!({"stop_grace_ms": 2001}), false);
+    house.registry.want_stop(&id(), Reason::Stopped, None);
+    let ticket = house.registry.begin_end(&id()).expect("to be stopped");
+    assert_eq!(ticket.grace_ms, 2001);
+    ticket.finish(Ok(EndStep::Asked));
+    let never = AtomicBool::new(false);
+    house.registry.wait(&id(), Until::Terminal, Deadline::within_ms(5, "test"), &never);
+    house.registry.tick();
+    assert_eq!(house.registry.begin_end(&id()).map(|t| t.grace_ms), Some(0));
+}
+
+#[test]
+fn a_delete_does_not_wait_for_a_stop_that_never_works() {
+    let house = running(json!({}), false);
+    house.registry.want_delete(&id());
+    for _ in 0..STOP_FAILURES_MAX {
+        let mut inner = house.registry.lock();
+        inner.entries.get_mut(&id()).expect("known").retry = None;
+        house.registry.assign(&mut inner, &id());
+        drop(inner);
+        house.registry.begin_end(&id()).expect("to be stopped").finish(Err("no".into()));
+    }
+    house.registry.lock().entries.get_mut(&id()).expect("known").retry = None;
+    house.registry.tick();
+    assert_eq!(house.registry.begin_end(&id()).map(|t| t.chore), Some(Chore::Remove));
+}
+
+#[test]
+fn all_workloads_together_are_no_larger_than_the_runtime_can_list() {
+    let house = house();
+    let mut accepted = 0;
+    let refusal = loop {
+        let mut workload = workload(json!({"args": vec!["x".repeat(30_000); 16]}));
+        workload.id = WorkloadId::new(&format!("w{accepted}")).expect("valid");
+        match house.accept(workload) {
+            Ok(_) => accepted += 1,
+            Err(refusal) => break refusal,
+        }
+    };
+    assert_eq!((refusal, accepted), (Refusal::Full, limits::AGENT_SPECS_BYTES_MAX / 480_500));
 }
 
 #[test]
@@ -327,7 +428,7 @@ fn pages_come_in_the_order_of_ids() {
         let mut workload = workload(json!({}));
         workload.id = WorkloadId::new(name).expect("valid");
         workload.spec.image = ImageRef::new("busybox").expect("valid");
-        house.registry.accept(workload).expect("accepted");
+        house.accept(workload).expect("accepted");
     }
     let ids = |page: Vec<Object>| page.into_iter().map(|o| o.spec["id"].as_str().map(str::to_owned)).collect::<Vec<_>>();
     let (page, more) = house.registry.page(None, 2);
