@@ -11,6 +11,7 @@
 //! | [`limits`] | every bound in the program, and the relations between them |
 //! | [`deadline`] | deadlines that know their phase; the two clocks |
 //! | [`report`] | errors and log lines for people; exit codes |
+//! | [`metrics`] | counters and gauges, and their text form |
 //! | [`workload`] | what runs, and its states; pure |
 //! | [`wire`] | every JSON shape: the line protocol ([`wire::agent`]), HTTP bodies ([`wire::api`]), strict reading ([`wire::json`]) |
 //! | [`net`] | sockets with deadlines, listeners with slots, lines |
@@ -20,6 +21,9 @@
 //! | [`flags`], [`config`] | command lines and TOML files |
 //! | [`daemon`] | what the daemons share: signals, listeners |
 //! | [`agent`] | the node agent: [`agent::registry`] what it knows, [`agent::reconcile`] what is true, [`agent::work`] what it does |
+//! | [`control_plane`] | the HTTP API, placement, the store |
+//! | [`sim`] | a simulated CRI runtime with scripted faults |
+//! | [`cli`] | the `kakuri` command |
 //!
 //! # Invariants, as absences
 //!
@@ -28,11 +32,13 @@
 //! - No lock is held across I/O.
 //! - No state is invented: an unknown exit code is `null`, and `observed_at` says how old the truth is.
 //! - `agent` and `control_plane` never import each other; they meet in [`wire`]. Arrows point down the table above.
-//! - A crate from outside has one door: `h2`, `http`, `bytes` in [`grpc`] (and the server side in `sim`), `tokio` in [`grpc::pump`],
-//!   `prost` in [`cri`], `httparse` in [`http`], `serde` in [`wire`] and [`config`], `ureq` in `cli`.
+//! - A crate from outside has one door: `h2`, `http`, `bytes` in [`grpc`] (and the server side in [`sim`]), `tokio` in [`grpc::pump`],
+//!   `prost` in [`cri`], `httparse` in [`http`], `serde` in [`wire`] and [`config`], `ureq` in [`cli`].
 
 pub mod agent;
+pub mod cli;
 pub mod config;
+pub mod control_plane;
 pub mod cri;
 pub mod daemon;
 pub mod deadline;
@@ -40,7 +46,9 @@ pub mod flags;
 pub mod grpc;
 pub mod http;
 pub mod limits;
+pub mod metrics;
 pub mod net;
 pub mod report;
+pub mod sim;
 pub mod wire;
 pub mod workload;

@@ -1,0 +1,4 @@
+//! The CRI simulator; see `kakuri::sim`.
+fn main() -> std::process::ExitCode {
+    kakuri::sim::main()
+}

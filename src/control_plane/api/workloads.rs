@@ -1,0 +1,222 @@
+//! Workloads: create, get, list, stop, delete.
+
+use std::sync::Arc;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+
+use super::super::node_client::Error;
+use super::super::scheduler::{self, Candidate, Placement};
+use super::super::store::{Desired, Insertion, Record};
+use super::super::{monitor, profiles};
+use super::selector::Selector;
+use super::{Answer, Api, CLASS_REQUIRED, Call, Refusal, body, random};
+use crate::http::{Request, Response, Status};
+use crate::limits;
+use crate::wire::agent::Until;
+use crate::wire::api::{Page, to_json};
+use crate::wire::{Problems, workload};
+use crate::workload::{Draft, Name, Spec, State, WorkloadId};
+
+impl Api {
+    /// Places a workload, keeps it, and hands it to its agent, in this order: what was answered 201 is never forgotten, and what
+    /// the agent refuses was never accepted.
+    pub(super) fn create(&self, call: &Call<'_>) -> Answer {
+        let wait = wait_ms(call.request)?.map(|ms| (Until::Started, ms));
+        let draft = read_draft(call.request)?;
+        if let Some(existing) = draft.id.as_ref().and_then(|id| self.plane.store.get(id)) {
+            return self.again(&existing, existing.is_for(&draft), wait);
+        }
+        let choice = profiles::choose(&draft)?;
+        let Placement { node, class, rejected } = self.place(&choice, &draft.spec)?;
+        let id = draft.id.clone().map_or_else(new_id, Ok)?;
+        let claim = self.plane.dispatch.claim(&id);
+        let record = Record::new(draft.resolve(id.clone(), class), node, rejected);
+        let workload = Arc::clone(&record.workload);
+        let mut record = match self.plane.store.insert(record)? {
+            Insertion::Existing(existing) => {
+                drop(claim);
+                return self.again(&existing, existing.workload == workload, wait);
+            }
+            Insertion::Inserted(record) => record,
+        };
+        // Without the claim a dispatcher still forgets an earlier workload of this id, and will send this one when it is done.
+        if let Some(claim) = claim {
+            match self.plane.start(&record) {
+                Ok(started) => record = started.unwrap_or(record),
+                Err(Error::Refused(reply)) => {
+                    self.plane.store.remove(&id, record.born)?;
+                    return Err(Refusal::refused(&record.node, reply));
+                }
+                // It may have arrived. A dispatcher sends it again, and will learn what became of it.
+                Err(error) => {
+                    record = self.plane.trouble(&record, &error).unwrap_or(record);
+                    self.plane.dispatch.nudge(&id);
+                }
+            }
+            drop(claim);
+        }
+        log::info!("{id}: accepted from {} for {}", call.caller, record.node);
+        if wait.is_some() && record.is_known && record.state == State::Pending {
+            record = self.plane.refresh(&record, wait).unwrap_or(record);
+        }
+        Ok(object(Status::Created, &record).with_header("Location", format!("/workloads/{id}")))
+    }
+
+    /// Answers a POST of an id that is taken.
+    fn again(&self, existing: &Arc<Record>, is_same: bool, wait: Option<(Until, u64)>) -> Answer {
+        if existing.desired == Desired::Deleted {
+            return Err(Refusal::new(Status::Conflict, "workload_deleting", "the workload of this id is being deleted; try again later"));
+        }
+        if !is_same {
+            return Err(Refusal::new(Status::Conflict, "workload_exists", "another workload has this id"));
+        }
+        let record = self.plane.refresh(existing, wait);
+        Ok(object(Status::Ok, record.as_deref().unwrap_or(existing)))
+    }
+
+    fn place(&self, choice: &profiles::Choice, spec: &Spec) -> Result<Placement, Refusal> {
+        let views: Vec<(&Name, monitor::View)> = self.plane.nodes.iter().map(|(name, node)| (name, node.view())).collect();
+        Ok(scheduler::place(&views.iter().map(candidate).collect::<Vec<_>>(), choice, spec)?)
+    }
+
+    pub(super) fn get(&self, call: &Call<'_>, id: &str) -> Answer {
+        let until = match call.request.query_value("for")? {
+            None => Until::Started,
+            Some(text) => Until::parse(text).ok_or_else(|| Refusal::bad_query("query parameter for is running or terminal"))?,
+        };
+        let wait = wait_ms(call.request)?.map(|ms| (until, ms));
+        let record = self.record(id)?;
+        let record = self.plane.refresh(&record, wait).ok_or_else(|| Refusal::not_found("workload"))?;
+        Ok(object(Status::Ok, &record))
+    }
+
+    /// A page of last known truths: a list asks no agent, whose events keep it fresh.
+    pub(super) fn list(&self, call: &Call<'_>) -> Answer {
+        let query = Query::read(call.request)?;
+        let page = self.plane.store.page(query.after.as_ref(), query.limit, &|record| query.passes(record));
+        let last = page.records.last().filter(|_| page.has_more);
+        let body = Page {
+            items: page.records.iter().map(|record| record.object()).collect(),
+            r#continue: last.map(|record| URL_SAFE_NO_PAD.encode(record.workload.id.as_str())),
+        };
+        Ok(Response::json(Status::Ok, to_json(&body)))
+    }
+
+    pub(super) fn stop(&self, call: &Call<'_>, id: &str) -> Answer {
+        self.want(call, id, |desired| match desired {
+            Desired::Run | Desired::Stopped => Desired::Stopped,
+            Desired::Deleted => Desired::Deleted,
+        })
+    }
+
+    pub(super) fn delete(&self, call: &Call<'_>, id: &str) -> Answer {
+        self.want(call, id, |_| Desired::Deleted)
+    }
+
+    /// Notes a wish, and has a dispatcher see to it.
+    fn want(&self, call: &Call<'_>, id: &str, wish: impl Fn(Desired) -> Desired) -> Answer {
+        let record = self.record(id)?;
+        let change = |current: &Record| {
+            let desired = wish(current.desired);
+            (desired != current.desired).then(|| Record { desired, ..current.clone() })
+        };
+        let record = self.plane.amend(&record, change).ok_or_else(|| Refusal::not_found("workload"))?;
+        self.plane.dispatch.nudge(&record.workload.id);
+        log::info!("{id}: {} wants it {:?}", call.caller, record.desired);
+        Ok(object(Status::Accepted, &record))
+    }
+
+    /// The record of an id from a path.
+    pub(super) fn record(&self, id: &str) -> Result<Arc<Record>, Refusal> {
+        // What is no id names no workload.
+        let id = WorkloadId::new(id).ok();
+        id.and_then(|id| self.plane.store.get(&id)).ok_or_else(|| Refusal::not_found("workload"))
+    }
+}
+
+fn candidate<'a>((name, view): &'a (&'a Name, monitor::View)) -> Candidate<'a> {
+    Candidate { name, trouble: view.trouble.as_deref(), node: view.node.as_deref() }
+}
+
+fn object(status: Status, record: &Record) -> Response {
+    Response::json(status, to_json(&record.object()))
+}
+
+fn read_draft(request: &Request) -> Result<Draft, Refusal> {
+    let value = body(request)?;
+    let names_no_class = value.as_object().is_some_and(|map| !map.contains_key("runtime_class") && !map.contains_key("security_profile"));
+    workload::draft(value).map_err(|mut problems: Problems| {
+        if names_no_class {
+            problems.add("/runtime_class", CLASS_REQUIRED);
+        }
+        Refusal::problems(Status::UnprocessableContent, "invalid_workload", "the workload breaks a rule", &problems)
+    })
+}
+
+/// `wl-` and 12 letters and digits: 60 random bits.
+fn new_id() -> Result<WorkloadId, Refusal> {
+    const ALPHABET: [u8; 32] = *b"abcdefghijklmnopqrstuvwxyz234567";
+    let fail = |why: String| Refusal::new(Status::Unavailable, "no_randomness", why);
+    let bits = u64::from_be_bytes(random().map_err(|error| fail(format!("no id can be made: {error}")))?);
+    let letter = |i: u32| char::from(ALPHABET[usize::try_from((bits >> (5 * i)) & 31).unwrap_or_default()]);
+    let text: String = "wl-".chars().chain((0..12).map(letter)).collect();
+    WorkloadId::new(&text).map_err(|unfit| fail(unfit.0))
+}
+
+/// How long to hold the answer; nothing for not at all.
+fn wait_ms(request: &Request) -> Result<Option<u64>, Refusal> {
+    match request.query_u64("wait_ms")? {
+        Some(ms) if ms > limits::WAIT_MS_MAX => {
+            Err(Refusal::bad_query(format!("query parameter wait_ms is at most {}", limits::WAIT_MS_MAX)))
+        }
+        ms => Ok(ms.filter(|ms| *ms > 0)),
+    }
+}
+
+/// What a list is to hold.
+struct Query {
+    after: Option<WorkloadId>,
+    class: Option<Name>,
+    labels: Selector,
+    limit: usize,
+    node: Option<Name>,
+    state: Option<State>,
+}
+
+impl Query {
+    fn read(request: &Request) -> Result<Self, Refusal> {
+        let name = |parameter| request.query_value(parameter).map_err(Refusal::from)?.map(Name::new).transpose().map_err(Refusal::from);
+        let state = |text| {
+            let states: Vec<&str> = State::ALL.iter().map(|state| state.as_str()).collect();
+            State::parse(text).ok_or_else(|| Refusal::bad_query(format!("query parameter state is one of {}", states.join(", "))))
+        };
+        let limit = request.query_u64("limit")?.map_or(Some(limits::PAGE_DEFAULT), |limit| usize::try_from(limit).ok());
+        let limit = limit.filter(|limit| (1..=limits::PAGE_MAX).contains(limit));
+        let mut labels = Selector::default();
+        for (_, text) in request.query.iter().filter(|(name, _)| name == "label") {
+            labels.add(text)?;
+        }
+        Ok(Self {
+            after: request.query_value("continue")?.map(read_token).transpose()?,
+            class: name("class")?,
+            labels,
+            limit: limit.ok_or_else(|| Refusal::bad_query(format!("query parameter limit is 1 to {}", limits::PAGE_MAX)))?,
+            node: name("node")?,
+            state: request.query_value("state")?.map(state).transpose()?,
+        })
+    }
+
+    fn passes(&self, record: &Record) -> bool {
+        self.state.is_none_or(|state| record.state == state)
+            && self.node.as_ref().is_none_or(|node| record.node == *node)
+            && self.class.as_ref().is_none_or(|class| record.workload.runtime_class == *class)
+            && self.labels.matches(&record.workload.spec.labels)
+    }
+}
+
+/// The id a page ended with.
+fn read_token(token: &str) -> Result<WorkloadId, Refusal> {
+    let id = URL_SAFE_NO_PAD.decode(token).ok().and_then(|bytes| String::from_utf8(bytes).ok()).and_then(|id| WorkloadId::new(&id).ok());
+    id.ok_or_else(|| Refusal::new(Status::BadRequest, "bad_continue", "query parameter continue is not one that a list gave"))
+}

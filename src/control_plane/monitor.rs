@@ -1,0 +1,202 @@
+//! One watcher per node: asks its agent every heartbeat what it is, follows its events, notices when it is lost and found.
+//!
+//! The agent begins a watch with an event for every workload it has and a heartbeat, then sends changes, and a heartbeat whenever
+//! it was quiet for `HEARTBEAT_MS`. The first heartbeat ends the list: a workload of ours that was not on it is asked about.
+//!
+//! Invariant: a lost node changes no workload's state; its truth grows old, and `observed_at` says so.
+//! Invariant: a node is ready only while the last answer of its agent says so, under the name it is configured by.
+
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::node_client::{Error, NodeClient};
+use super::{Plane, Stopping};
+use crate::deadline::{Deadline, Timestamp};
+use crate::limits;
+use crate::net::Address;
+use crate::report::Chain;
+use crate::wire::agent::{self, Event, EventKind, Reply, Request};
+use crate::wire::api::NodeObject;
+use crate::workload::{Name, WorkloadId};
+
+/// A node: how to reach it, and what is known of it.
+#[derive(Debug)]
+pub(super) struct Node {
+    pub(super) name: Name,
+    pub(super) client: NodeClient,
+    view: Mutex<View>,
+}
+
+/// A node as last seen.
+#[derive(Clone, Debug)]
+pub(super) struct View {
+    /// Whether its agent answered last time.
+    pub(super) is_reachable: bool,
+    /// Why it takes no work.
+    pub(super) trouble: Option<String>,
+    /// When its agent last answered.
+    pub(super) observed_at: Option<Timestamp>,
+    /// As its agent described it.
+    pub(super) node: Option<Arc<agent::Node>>,
+}
+
+impl Node {
+    /// A node nobody spoke with yet.
+    pub(super) fn new(name: Name, address: Address, stopping: Arc<Stopping>) -> Self {
+        let view = View { is_reachable: false, trouble: Some("no answer yet".into()), observed_at: None, node: None };
+        Self { name, client: NodeClient::new(address, stopping), view: Mutex::new(view) }
+    }
+
+    /// As last seen.
+    pub(super) fn view(&self) -> View {
+        self.view.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// As the API shows it.
+    pub(super) fn object(&self) -> NodeObject {
+        let View { trouble, observed_at, node, .. } = self.view();
+        NodeObject {
+            id: self.name.to_string(),
+            address: self.client.address().to_string(),
+            ready: trouble.is_none(),
+            message: trouble,
+            observed_at,
+            node: node.map(|node| node.as_ref().clone()),
+        }
+    }
+
+    /// Asks the agent what the node is, and notes that, or that it did not answer.
+    fn ask(&self) -> Result<(), Error> {
+        let deadline = Deadline::within_ms(limits::NODE_REQUEST_MS_MAX, "GetNode");
+        let result = match self.client.request(&Request::GetNode, deadline) {
+            Ok(Reply::Node(node)) => Ok(Arc::from(node)),
+            Ok(_) => Err(Error::Unexpected),
+            Err(error) => Err(error),
+        };
+        let was = self.view();
+        let (is, result) = match result {
+            Ok(node) => {
+                let trouble = trouble_of(&self.name, &node);
+                (View { is_reachable: true, trouble, observed_at: Some(Timestamp::now()), node: Some(node) }, Ok(()))
+            }
+            Err(error) => (View { is_reachable: false, trouble: Some(Chain(&error).to_string()), ..was.clone() }, Err(error)),
+        };
+        match (&was.trouble, &is.trouble) {
+            (Some(_), None) => log::info!("node {} is ready", self.name),
+            (old, Some(new)) if old.as_ref() != Some(new) => log::warn!("node {} takes no work: {new}", self.name),
+            (None | Some(_), Some(_)) | (None, None) => {}
+        }
+        *self.view.lock().unwrap_or_else(PoisonError::into_inner) = is;
+        result
+    }
+}
+
+/// Why a node that answered takes no work.
+fn trouble_of(name: &Name, node: &agent::Node) -> Option<String> {
+    if node.node_id != name.as_str() {
+        return Some(format!("the agent there calls itself {:?}", node.node_id));
+    }
+    if node.ready {
+        return None;
+    }
+    let failed = node.conditions.iter().filter(|condition| !condition.ok);
+    let failed: Vec<String> = failed.map(|condition| format!("{}: {}", condition.r#type, condition.message)).collect();
+    Some(if failed.is_empty() { "its agent says it is not ready".into() } else { failed.join("; ") })
+}
+
+/// The thread `node-NAME`.
+pub(super) fn run(plane: &Plane, node: &Node) {
+    let mut pause_ms = limits::NODE_PAUSE_MS_MIN;
+    loop {
+        let mut was_watched = false;
+        if let Err(error) = node.ask().and_then(|()| watch(plane, node, &mut was_watched)) {
+            log::debug!("node {}: {}", node.name, Chain(&error));
+        }
+        // What was well until now is looked at again soon.
+        pause_ms = if was_watched { limits::NODE_PAUSE_MS_MIN } else { pause_ms.saturating_mul(2).min(limits::NODE_PAUSE_MS_MAX) };
+        if plane.stopping.wait(pause_ms) {
+            return;
+        }
+    }
+}
+
+/// Follows the agent's events until they end; `was_watched` says whether any came.
+fn watch(plane: &Plane, node: &Node, was_watched: &mut bool) -> Result<(), Error> {
+    let mut replies = node.client.stream(&Request::Watch, Deadline::within_ms(limits::NODE_REQUEST_MS_MAX, "Watch"))?;
+    plane.nudge_all_on(&node.name);
+    let silence = || Deadline::within_ms(limits::WATCH_SILENCE_MS_MAX, "watch");
+    let heartbeat = || Deadline::within_ms(limits::HEARTBEAT_MS, "heartbeat");
+    let (mut silent, mut next_ask) = (silence(), heartbeat());
+    let mut listed = Some(HashSet::new());
+    loop {
+        if next_ask.left().is_err() {
+            node.ask()?;
+            next_ask = heartbeat();
+        }
+        match replies.next(next_ask)? {
+            Some(Reply::Event(event)) => {
+                if let (Some(listed), Some(id)) = (&mut listed, id_of(&event)) {
+                    listed.insert(id);
+                }
+                take(plane, node, event);
+            }
+            Some(Reply::Heartbeat { .. }) => {
+                if let Some(listed) = listed.take() {
+                    ask_about_missing(plane, node, &listed);
+                }
+            }
+            Some(_) => return Err(Error::Unexpected),
+            None if silent.left().is_err() => return Err(Error::Expired(silent.expired())),
+            None => continue,
+        }
+        *was_watched = true;
+        silent = silence();
+    }
+}
+
+fn id_of(event: &Event) -> Option<WorkloadId> {
+    event.object.spec.get("id").and_then(|id| id.as_str()).and_then(|id| WorkloadId::new(id).ok())
+}
+
+/// Notes an event. What we did not place there is somebody else's, and left alone.
+fn take(plane: &Plane, node: &Node, event: Event) {
+    let Some(record) = id_of(&event).and_then(|id| plane.store.get(&id)).filter(|record| record.node == node.name) else { return };
+    match event.event {
+        EventKind::Added | EventKind::Modified => drop(plane.observe(&record, event.object.state, *event.object.status)),
+        // It may be an earlier workload of the same id that is gone: the agent is asked, by the dispatcher or by us.
+        EventKind::Deleted if record.desired == super::store::Desired::Deleted => plane.dispatch.nudge(&record.workload.id),
+        EventKind::Deleted => drop(plane.refresh(&record, None)),
+    }
+}
+
+/// Asks about workloads that should be there and were not on the list.
+fn ask_about_missing(plane: &Plane, node: &Node, listed: &HashSet<WorkloadId>) {
+    let is_missing = |record: &super::store::Record| {
+        record.node == node.name && record.is_known && !record.state.is_terminal() && !listed.contains(&record.workload.id)
+    };
+    for record in plane.store.page(None, usize::MAX, &is_missing).records {
+        if plane.stopping.is_set() {
+            return;
+        }
+        plane.refresh(&record, None);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::scheduler::tests::node;
+    use super::*;
+    use crate::wire::agent::Condition;
+
+    #[test]
+    fn a_node_is_ready_when_it_says_so_under_its_own_name() {
+        let name = Name::new("node-1").expect("a name");
+        let check = |node: agent::Node, expect: Option<&str>| assert_eq!(trouble_of(&name, &node).as_deref(), expect);
+        let well = || node("node-1", &["gvisor"]);
+        let failed = || Condition { r#type: "RuntimeReady".into(), ok: false, message: "no answer".into() };
+        check(well(), None);
+        check(node("node-2", &[]), Some("the agent there calls itself \"node-2\""));
+        check(agent::Node { ready: false, ..well() }, Some("its agent says it is not ready"));
+        check(agent::Node { ready: false, conditions: vec![failed()], ..well() }, Some("RuntimeReady: no answer"));
+    }
+}

@@ -1,0 +1,350 @@
+//! One request to one agent under one deadline, over pooled connections; and streams, each over its own.
+//!
+//! A connection carries one request at a time, and goes back to the pool only when its reply was read whole. An idle one that the
+//! agent closed is replaced before anything is written. A connection lost later may have lost the reply alone, so only a request
+//! that is idempotent by contract (all but Exec) is sent again, once.
+//!
+//! Invariant: idle connections <= `NODE_POOL_MAX`; a reply is a line <= `LINE_BYTES_MAX`.
+//! Invariant: whoever waits here notices within `NODE_WAIT_SLICE_MS` that the control plane is stopping.
+
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::Stopping;
+use crate::deadline::{Deadline, Expired};
+use crate::limits;
+use crate::net::line::{LineError, LineReader};
+use crate::net::{self, Address, Stream};
+use crate::wire::agent::{ErrorReply, Reply, Request};
+
+/// Why there is no reply.
+#[derive(Debug)]
+pub(super) enum Error {
+    /// The agent closed the connection.
+    Closed,
+    /// There is no way to it.
+    Connect(net::Error),
+    /// It did not answer in time.
+    Expired(Expired),
+    /// Its line is no reply that this version knows.
+    Garbled(serde_json::Error),
+    /// No such node is configured.
+    NoSuchNode,
+    /// It said no.
+    Refused(ErrorReply),
+    /// The connection failed.
+    Socket(net::Error),
+    /// We are stopping, and the wait was long.
+    Stopping,
+    /// Its line is over the limit.
+    TooLong,
+    /// A reply to something else.
+    Unexpected,
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Closed => f.write_str("the agent closed the connection"),
+            Self::Connect(_) => f.write_str("no connection to the agent"),
+            Self::Expired(expired) => expired.fmt(f),
+            Self::Garbled(_) => f.write_str("the agent's reply is not of this protocol"),
+            Self::NoSuchNode => f.write_str("the node is not configured any more"),
+            Self::Refused(reply) => write!(f, "the agent says {:?}: {}", reply.code, reply.message),
+            Self::Socket(_) => f.write_str("connection to the agent"),
+            Self::Stopping => f.write_str("the control plane is stopping"),
+            Self::TooLong => write!(f, "the agent's reply is longer than {} bytes", limits::LINE_BYTES_MAX),
+            Self::Unexpected => f.write_str("the agent replied to something else"),
+        }
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Self::Connect(error) | Self::Socket(error) => Some(error),
+            Self::Garbled(error) => Some(error),
+            Self::Closed | Self::Expired(_) | Self::NoSuchNode | Self::Refused(_) | Self::Stopping | Self::TooLong | Self::Unexpected => {
+                None
+            }
+        }
+    }
+}
+
+impl Error {
+    /// Whether the reply may be lost without a trace.
+    fn is_lost_connection(&self) -> bool {
+        match self {
+            Self::Closed | Self::Socket(_) => true,
+            Self::Connect(_)
+            | Self::Expired(_)
+            | Self::Garbled(_)
+            | Self::NoSuchNode
+            | Self::Refused(_)
+            | Self::Stopping
+            | Self::TooLong
+            | Self::Unexpected => false,
+        }
+    }
+}
+
+/// Speaks with one agent.
+#[derive(Debug)]
+pub(super) struct NodeClient {
+    address: Address,
+    idle: Mutex<Vec<Connection>>,
+    stopping: Arc<Stopping>,
+}
+
+impl NodeClient {
+    /// Nothing is connected yet.
+    pub(super) fn new(address: Address, stopping: Arc<Stopping>) -> Self {
+        Self { address, idle: Mutex::default(), stopping }
+    }
+
+    /// Where the agent listens.
+    pub(super) fn address(&self) -> &Address {
+        &self.address
+    }
+
+    /// Asks, and waits for the reply; one that is an error is [`Error::Refused`].
+    pub(super) fn request(&self, request: &Request, deadline: Deadline) -> Result<Reply, Error> {
+        let line = request.to_line();
+        let mut connection = self.take_idle().map_or_else(|| self.connect(deadline), Ok)?;
+        let mut result = connection.exchange(&line, deadline);
+        if is_idempotent(request) && result.as_ref().is_err_and(Error::is_lost_connection) {
+            connection = self.connect(deadline)?;
+            result = connection.exchange(&line, deadline);
+        }
+        if matches!(result, Ok(_) | Err(Error::Refused(_))) {
+            self.give_back(connection);
+        }
+        result
+    }
+
+    /// Asks for what comes in many replies, over a connection of its own.
+    pub(super) fn stream(&self, request: &Request, deadline: Deadline) -> Result<Replies, Error> {
+        let mut connection = self.connect(deadline)?;
+        connection.write(&request.to_line(), deadline)?;
+        Ok(Replies(connection))
+    }
+
+    fn connect(&self, deadline: Deadline) -> Result<Connection, Error> {
+        let deadline = deadline.at_most_ms(limits::NODE_CONNECT_MS_MAX, "connect to the agent");
+        let stream = Stream::connect(&self.address, deadline).map_err(Error::Connect)?;
+        let reader = LineReader::new(limits::LINE_BYTES_MAX, limits::LINE_MS_MAX);
+        Ok(Connection { stream, reader, stopping: Arc::clone(&self.stopping) })
+    }
+
+    /// An idle connection on which nothing happened since; what the agent closed or spoke on unasked is dropped.
+    fn take_idle(&self) -> Option<Connection> {
+        loop {
+            let mut connection = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop()?;
+            if matches!(connection.stream.read_ready(&mut [0]), Ok(None)) {
+                return Some(connection);
+            }
+        }
+    }
+
+    fn give_back(&self, connection: Connection) {
+        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        if idle.len() < limits::NODE_POOL_MAX {
+            idle.push(connection);
+        }
+    }
+}
+
+/// Whether a request that may have been done can be sent again. A second Exec would run the command twice.
+fn is_idempotent(request: &Request) -> bool {
+    match request {
+        Request::Exec { .. } => false,
+        Request::Auth { .. }
+        | Request::DeleteWorkload { .. }
+        | Request::GetLogs(_)
+        | Request::GetNode
+        | Request::GetStatus { .. }
+        | Request::ListWorkloads { .. }
+        | Request::Ping
+        | Request::StartWorkload { .. }
+        | Request::StopWorkload { .. }
+        | Request::Watch => true,
+    }
+}
+
+/// Replies that come one after the other.
+#[derive(Debug)]
+pub(super) struct Replies(Connection);
+
+impl Replies {
+    /// The next one; `None` when there was none until `wait`.
+    pub(super) fn next(&mut self, wait: Deadline) -> Result<Option<Reply>, Error> {
+        match self.0.receive(wait) {
+            Ok(reply) => Ok(Some(reply)),
+            Err(Error::Expired(_)) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The next one, if it was read already.
+    pub(super) fn ready(&mut self) -> Result<Option<Reply>, Error> {
+        self.next(Deadline::within_ms(0, "ready"))
+    }
+}
+
+#[derive(Debug)]
+struct Connection {
+    stream: Stream,
+    reader: LineReader,
+    stopping: Arc<Stopping>,
+}
+
+impl Connection {
+    fn exchange(&mut self, line: &[u8], deadline: Deadline) -> Result<Reply, Error> {
+        self.write(line, deadline)?;
+        self.receive(deadline)
+    }
+
+    fn write(&mut self, line: &[u8], deadline: Deadline) -> Result<(), Error> {
+        self.stream.write_all(line, deadline).map_err(|error| match error {
+            net::Error::Closed => Error::Closed,
+            net::Error::Expired(expired) => Error::Expired(expired),
+            net::Error::Io(_) => Error::Socket(error),
+        })
+    }
+
+    /// Waits in slices, to notice a stop; an [`Error::Expired`] before a line began leaves the connection usable.
+    fn receive(&mut self, deadline: Deadline) -> Result<Reply, Error> {
+        loop {
+            let slice = deadline.at_most_ms(limits::NODE_WAIT_SLICE_MS, "reply");
+            return match self.reader.next(&mut self.stream, slice) {
+                Ok(Some(line)) => match Reply::parse(line) {
+                    Ok(Reply::Error(refusal)) => Err(Error::Refused(refusal)),
+                    Ok(reply) => Ok(reply),
+                    Err(error) => Err(Error::Garbled(error)),
+                },
+                Ok(None) | Err(LineError::HalfLine) => Err(Error::Closed),
+                Err(LineError::Idle(_)) if self.stopping.is_set() => Err(Error::Stopping),
+                Err(LineError::Idle(_)) if deadline.left().is_ok() => continue,
+                Err(LineError::Idle(_)) => Err(Error::Expired(deadline.expired())),
+                Err(LineError::Slow(_)) => Err(Error::Socket(net::Error::Expired(deadline.expired()))),
+                Err(LineError::Socket(error)) => Err(Error::Socket(error)),
+                Err(LineError::TooLong(_)) => Err(Error::TooLong),
+            };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+    use super::*;
+    use crate::net::listen::{Listener, Server, Service};
+
+    /// An agent that counts requests and answers each with the next of its lines; an empty one closes the connection.
+    struct Scripted {
+        lines: Vec<&'static str>,
+        asked: AtomicUsize,
+    }
+
+    impl Service for Scripted {
+        fn serve(&self, mut stream: Stream, _stopping: &AtomicBool) {
+            let mut reader = LineReader::new(limits::LINE_BYTES_MAX, 1000);
+            while let Ok(Some(_)) = reader.next(&mut stream, soon()) {
+                let line = self.lines.get(self.asked.fetch_add(1, Ordering::SeqCst)).copied().unwrap_or_default();
+                if line.is_empty() || stream.write_all(line.as_bytes(), soon()).is_err() {
+                    return;
+                }
+            }
+        }
+
+        fn busy(&self) -> &'static [u8] {
+            b""
+        }
+    }
+
+    fn soon() -> Deadline {
+        Deadline::within_ms(5000, "test")
+    }
+
+    fn with_agent(lines: &[&'static str], act: impl FnOnce(&NodeClient, &Server)) -> usize {
+        let listener = Listener::bind(&Address::parse("127.0.0.1:0").expect("an address")).expect("a port");
+        let agent = Arc::new(Scripted { lines: lines.to_vec(), asked: AtomicUsize::new(0) });
+        let server = Server::start(listener, "agent", Arc::clone(&agent)).expect("a thread");
+        act(&NodeClient::new(server.address().clone(), Arc::default()), &server);
+        server.stop(1000);
+        agent.asked.load(Ordering::SeqCst)
+    }
+
+    const PONG: &str = "{\"type\":\"Pong\",\"version\":\"1\",\"new\":1}\n";
+    const NO: &str = "{\"type\":\"Error\",\"code\":\"NotFound\",\"message\":\"no\"}\n";
+
+    #[test]
+    fn one_connection_serves_many_requests() {
+        let asked = with_agent(&[PONG, NO, PONG], |client, server| {
+            assert!(matches!(client.request(&Request::Ping, soon()), Ok(Reply::Pong { .. })));
+            assert!(matches!(client.request(&Request::Ping, soon()), Err(Error::Refused(_))));
+            assert!(matches!(client.request(&Request::Ping, soon()), Ok(Reply::Pong { .. })));
+            assert_eq!(server.connections(), 1);
+        });
+        assert_eq!(asked, 3);
+    }
+
+    #[test]
+    fn an_idempotent_request_survives_one_lost_connection() {
+        assert_eq!(with_agent(&["", PONG], |client, _| assert!(client.request(&Request::Ping, soon()).is_ok())), 2);
+        let asked = with_agent(&["", "", PONG], |client, _| {
+            assert!(matches!(client.request(&Request::Ping, soon()), Err(Error::Closed)));
+        });
+        assert_eq!(asked, 2);
+    }
+
+    #[test]
+    fn a_command_never_runs_twice() {
+        let id = crate::workload::WorkloadId::new("a").expect("an id");
+        let asked = with_agent(&[""], |client, _| {
+            let exec = Request::Exec { id, command: vec!["x".into()], timeout_ms: 1 };
+            assert!(matches!(client.request(&exec, soon()), Err(Error::Closed)));
+        });
+        assert_eq!(asked, 1);
+    }
+
+    #[test]
+    fn a_pooled_connection_that_was_closed_is_replaced() {
+        let first = "{\"type\":\"Ok\"}\n";
+        let asked = with_agent(&[first, PONG], |client, _| {
+            assert!(matches!(client.request(&Request::Ping, soon()), Ok(Reply::Ok)));
+            for connection in client.idle.lock().expect("not poisoned").iter() {
+                connection.stream.shutdown(std::net::Shutdown::Both);
+            }
+            let exec = Request::Exec { id: crate::workload::WorkloadId::new("a").expect("an id"), command: Vec::new(), timeout_ms: 1 };
+            assert!(matches!(client.request(&exec, soon()), Ok(Reply::Pong { .. })), "not even a command is lost to that");
+        });
+        assert_eq!(asked, 2);
+    }
+
+    #[test]
+    fn what_is_no_reply_is_named_and_its_connection_dropped() {
+        with_agent(&["nonsense\n", "{\"type\":\"FromTheFuture\"}\n"], |client, _| {
+            assert!(matches!(client.request(&Request::Ping, soon()), Err(Error::Garbled(_))));
+            assert!(matches!(client.request(&Request::Ping, soon()), Err(Error::Garbled(_))));
+            assert!(client.idle.lock().expect("not poisoned").is_empty());
+        });
+        let long: &'static str = "x".repeat(limits::LINE_BYTES_MAX).leak();
+        with_agent(&[long], |client, _| assert!(matches!(client.request(&Request::Ping, soon()), Err(Error::TooLong))));
+    }
+
+    #[test]
+    fn silence_ends_with_the_deadline_or_the_stop() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        let address = Address::Tcp(listener.local_addr().expect("bound"));
+        let stopping = Arc::<Stopping>::default();
+        let client = NodeClient::new(address, Arc::clone(&stopping));
+        let result = client.request(&Request::Ping, Deadline::within_ms(20, "ping"));
+        assert!(matches!(result, Err(Error::Expired(e)) if e.phase == "ping"), "{result:?}");
+        stopping.set();
+        assert!(matches!(client.request(&Request::Ping, Deadline::within_ms(60_000, "ping")), Err(Error::Stopping)));
+        drop(listener);
+        assert!(matches!(client.request(&Request::Ping, soon()), Err(Error::Connect(_))));
+    }
+}

@@ -1,0 +1,318 @@
+//! The control plane over real sockets, against a fake agent.
+
+mod world;
+
+use std::thread;
+
+use serde_json::{Value, json};
+
+use super::*;
+use crate::deadline::Stopwatch;
+use crate::wire::agent::ErrorCode;
+use crate::workload::State;
+use world::{Fault, World, eventually, refusal, soon, workload};
+
+#[test]
+fn a_workload_lives_and_is_forgotten() {
+    let world = World::new();
+    let (head, body) = world.ask("POST", "/workloads", &workload("a").to_string());
+    assert!(head.starts_with("HTTP/1.1 201 ") && head.contains("\r\nLocation: /workloads/a\r\n"), "{head}");
+    let object: Value = serde_json::from_str(&body).expect("JSON");
+    assert_eq!((&object["state"], &object["status"]["node"]), (&json!("Pending"), &json!("node-1")));
+    assert_eq!((&object["image"], &object["memory_mb"]), (&json!("docker.io/library/busybox:latest"), &json!(512)));
+
+    world.agent.set("a", State::Running, |status| status.handler = Some("runsc".into()));
+    let object = world.get("a");
+    assert_eq!((&object["state"], &object["status"]["handler"]), (&json!("Running"), &json!("runsc")));
+    assert_eq!(object["status"]["created_at"], serde_json::from_str::<Value>(&body).expect("JSON")["status"]["created_at"]);
+
+    let exec = world.json("POST", "/workloads/a/exec", r#"{"command":["uname","-r"]}"#);
+    assert_eq!(exec, (200, json!({"exit_code": 3, "stdout": "uname -r", "stderr": "", "encoding": "utf-8", "truncated": false})));
+
+    let (status, object) = world.json("POST", "/workloads/a/stop", "");
+    assert_eq!((status, &object["state"], &object["status"]["phase"]), (202, &json!("Running"), &json!("Stopping")));
+    eventually("the agent is told to stop it", || world.agent.asked("StopWorkload a") > 0);
+    assert_eq!(world.get("a")["status"]["phase"], "Stopping");
+    world.agent.set("a", State::Failed, |status| status.phase = None);
+    let object = world.get("a");
+    assert_eq!((&object["state"], &object["status"]["phase"]), (&json!("Failed"), &Value::Null));
+    assert_eq!(world.json("POST", "/workloads/a/exec", r#"{"command":["x"]}"#).1["code"], "not_running");
+
+    let (status, object) = world.json("DELETE", "/workloads/a", "");
+    assert_eq!((status, &object["status"]["phase"]), (202, &json!("Stopping")));
+    eventually("it is gone", || world.status("GET", "/workloads/a", "") == 404);
+    assert_eq!(world.json("DELETE", "/workloads/a", "").1["code"], "not_found");
+    assert!(world.agent.lock().workloads.is_empty());
+    world.end();
+}
+
+#[test]
+fn the_same_post_again_is_the_same_workload() {
+    let world = World::new();
+    world.post("a");
+    let (status, object) = world.json("POST", "/workloads", &workload("a").to_string());
+    assert_eq!((status, &object["id"]), (200, &json!("a")));
+    assert_eq!(world.agent.asked("StartWorkload a"), 1);
+    let (status, problem) = world.json("POST", "/workloads", r#"{"id":"a","image":"other","runtime_class":"gvisor"}"#);
+    assert_eq!((status, &problem["code"]), (409, &json!("workload_exists")));
+    let (status, object) = world.json("POST", "/workloads", r#"{"image":"a","security_profile":"internal"}"#);
+    let id = object["id"].as_str().expect("an id");
+    assert_eq!((status, id.len(), &id[..3], &object["runtime_class"]), (201, 15, "wl-", &json!("gvisor")));
+    world.end();
+}
+
+#[test]
+fn what_an_agent_refuses_was_never_accepted() {
+    let world = World::new();
+    let check = |code, status: u16, expect: &str| {
+        world.agent.fail("StartWorkload", refusal(code));
+        let (seen, problem) = world.json("POST", "/workloads", &workload("a").to_string());
+        assert_eq!((seen, problem["code"].as_str()), (status, Some(expect)), "{problem}");
+        assert_eq!(world.status("GET", "/workloads/a", ""), 404);
+    };
+    check(ErrorCode::InvalidArgument, 422, "node_rule");
+    check(ErrorCode::AlreadyExists, 409, "workload_exists");
+    check(ErrorCode::ResourceExhausted, 503, "node_full");
+    check(ErrorCode::Unavailable, 503, "node_unavailable");
+    check(ErrorCode::PermissionDenied, 403, "node_denied");
+    check(ErrorCode::Unauthenticated, 503, "node_unauthenticated");
+    check(ErrorCode::DeadlineExceeded, 504, "node_timeout");
+    check(ErrorCode::Internal, 500, "node_internal");
+    world.post("a");
+    world.end();
+}
+
+#[test]
+fn what_cannot_be_placed_is_not_accepted() {
+    let world = World::new();
+    let (status, problem) = world.json("POST", "/workloads", r#"{"image":"a","runtime_class":"kata"}"#);
+    assert_eq!((status, &problem["code"]), (422, &json!("unknown_class")));
+    assert_eq!(problem["detail"], "no node offers this runtime class; on offer: gvisor, native");
+    assert_eq!(problem["errors"][0]["pointer"], "/runtime_class");
+    let (status, problem) = world.json("POST", "/workloads", r#"{"image":"a","runtime_class":"native","node_selector":{"disk":"fast"}}"#);
+    assert_eq!((status, &problem["code"]), (503, &json!("no_node")));
+    assert_eq!(problem["detail"], "no node can take it now: node-1: node_selector: wants disk=fast");
+    let (status, problem) = world.json("POST", "/workloads", r#"{"image":"a","runtime_class":"native","security_profile":"untrusted"}"#);
+    assert_eq!((status, &problem["code"]), (403, &json!("policy_denied")));
+    assert_eq!(problem["detail"], "security profile untrusted allows only edera-zone, kata");
+    assert_eq!(world.json("GET", "/workloads", "").1, json!({"items": [], "continue": null}));
+    world.end();
+}
+
+#[test]
+fn a_start_whose_reply_was_lost_is_sent_again() {
+    let world = World::new();
+    // The request, and its one repetition.
+    world.agent.fail("StartWorkload", Fault::Close);
+    world.agent.fail("StartWorkload", Fault::Close);
+    let object = world.post("a");
+    assert_eq!(object["state"], "Pending");
+    assert_eq!(object["status"]["last_error"], "node-1: the agent closed the connection");
+    eventually("the agent has it", || world.agent.lock().workloads.contains_key("a"));
+    eventually("its word is heard", || world.get("a")["status"]["last_error"].is_null());
+    world.end();
+}
+
+#[test]
+fn a_silent_agent_leaves_the_last_truth() {
+    let mut world = World::new();
+    for id in ["pending", "running"] {
+        world.post(id);
+    }
+    world.agent.set("running", State::Running, |_| {});
+    let seen = world.get("running");
+    world.stop_agent();
+    let last = world.get("running");
+    assert_eq!((&last["state"], &last["status"]["observed_at"]), (&json!("Running"), &seen["status"]["observed_at"]));
+    let error = last["status"]["last_error"].as_str().expect("why").to_owned();
+    assert!(error.starts_with("node-1: no connection to the agent"), "{error}");
+    eventually("the node is lost", || world.status("GET", "/readyz", "") == 503);
+    let (status, node) = world.json("GET", "/nodes/node-1", "");
+    assert_eq!((status, &node["ready"], &node["node"]["node_id"]), (200, &json!(false), &json!("node-1")));
+    let (status, problem) = world.json("POST", "/workloads", &workload("b").to_string());
+    assert_eq!((status, &problem["code"]), (503, &json!("no_node")));
+    assert_eq!(world.json("GET", "/workloads/running/logs", "").1["code"], "node_unreachable");
+
+    // It comes back and has forgotten everything: what never ran is sent again, what ran is not.
+    world.agent.lock().workloads.clear();
+    world.start_agent();
+    eventually("what never ran is sent again", || world.agent.lock().workloads.contains_key("pending"));
+    eventually("the loss is noted", || world.get("running")["status"]["last_error"] == "node-1: the agent does not know it");
+    assert_eq!((&world.get("running")["state"], world.agent.asked("StartWorkload running")), (&json!("Running"), 1));
+    assert_eq!(world.status("POST", "/workloads/running/stop", ""), 202);
+    eventually("the agent is asked to stop it", || world.agent.asked("StopWorkload running") > 0);
+    assert_eq!((&world.get("running")["state"], &world.get("running")["status"]["exit_code"]), (&json!("Running"), &Value::Null));
+    assert!(world.agent.asked("StopWorkload running") < 5, "attempts have pauses");
+    assert_eq!(world.status("DELETE", "/workloads/running", ""), 202);
+    eventually("it is forgotten", || world.status("GET", "/workloads/running", "") == 404);
+    world.end();
+}
+
+#[test]
+fn a_deletion_outlasts_a_silent_agent() {
+    let mut world = World::new();
+    world.post("a");
+    world.stop_agent();
+    assert_eq!(world.status("DELETE", "/workloads/a", ""), 202);
+    assert_eq!(world.status("DELETE", "/workloads/a", ""), 202);
+    assert_eq!(world.get("a")["status"]["phase"], "Stopping");
+    let (status, problem) = world.json("POST", "/workloads", &workload("a").to_string());
+    assert_eq!((status, &problem["code"]), (409, &json!("workload_deleting")));
+    world.start_agent();
+    eventually("it is gone", || world.status("GET", "/workloads/a", "") == 404);
+    assert!(world.agent.lock().workloads.is_empty());
+    world.end();
+}
+
+#[test]
+fn a_slow_deletion_is_seen_to_its_end() {
+    let world = World::new();
+    world.post("a");
+    world.agent.lock().deletes_slowly = true;
+    assert_eq!(world.status("DELETE", "/workloads/a", ""), 202);
+    eventually("the agent is told", || world.agent.asked("DeleteWorkload a") > 0);
+    let status = &world.get("a")["status"];
+    assert_eq!((&status["phase"], &status["last_error"]), (&json!("Stopping"), &Value::Null));
+    world.agent.forget("a");
+    eventually("it is gone", || world.status("GET", "/workloads/a", "") == 404);
+    world.end();
+}
+
+#[test]
+fn what_never_arrived_and_is_stopped_is_failed() {
+    let mut world = World::new();
+    world.post("a");
+    world.stop_agent();
+    assert_eq!(world.status("POST", "/workloads/a/stop", ""), 202);
+    world.agent.lock().workloads.clear();
+    world.start_agent();
+    eventually("it is failed", || world.get("a")["status"]["reason"] == "Stopped");
+    let object = world.get("a");
+    assert_eq!((&object["state"], &object["status"]["exit_code"]), (&json!("Failed"), &Value::Null));
+    assert_eq!(world.agent.asked("StartWorkload a"), 1);
+    world.end();
+}
+
+#[test]
+fn a_race_for_one_id_leaves_nothing_over() {
+    let world = World::new();
+    thread::scope(|scope| {
+        for worker in 0..4 {
+            let world = &world;
+            scope.spawn(move || {
+                for round in 0..40 {
+                    let (method, target, body) = match (worker + round) % 3 {
+                        0 => ("DELETE", "/workloads/a", String::new()),
+                        1 => ("POST", "/workloads/a/stop", String::new()),
+                        _ => ("POST", "/workloads", workload("a").to_string()),
+                    };
+                    let status = world.status(method, target, &body);
+                    assert!(matches!(status, 200 | 201 | 202 | 404 | 409), "{method} {target}: {status}");
+                }
+            });
+        }
+    });
+    eventually("it is gone", || world.status("DELETE", "/workloads/a", "") == 404);
+    assert!(world.agent.lock().workloads.is_empty());
+    world.end();
+}
+
+#[test]
+fn lists_show_what_events_told() {
+    let world = World::new();
+    for id in ["a", "b", "c"] {
+        world.post(id);
+    }
+    let asked = world.agent.asked("GetStatus");
+    world.agent.set("b", State::Running, |_| {});
+    let ids = |target: &str| {
+        let (status, page) = world.json("GET", target, "");
+        assert_eq!(status, 200, "{page}");
+        let ids: Vec<String> =
+            page["items"].as_array().expect("items").iter().map(|item| item["id"].to_string().replace('"', "")).collect();
+        (ids.join(" "), page["continue"].as_str().map(str::to_owned))
+    };
+    eventually("the event arrived", || ids("/workloads?state=Running").0 == "b");
+    assert_eq!(ids("/workloads?label=app!=a&state=Pending").0, "c");
+    assert_eq!(ids("/workloads?label=app&label=app%3Da").0, "a");
+    assert_eq!(ids("/workloads?class=gvisor&node=node-1").0, "a b c");
+    assert_eq!(ids("/workloads?class=native").0, "");
+    let (first, token) = ids("/v1/workloads?limit=2");
+    assert_eq!(first, "a b");
+    assert_eq!(ids(&format!("/workloads?limit=2&continue={}", token.expect("more"))), ("c".into(), None));
+    assert_eq!(world.agent.asked("GetStatus"), asked, "a list asks no agent");
+    // Lists and gets show one shape; only the age of the truth may differ.
+    let ageless = |mut object: Value| {
+        object["status"]["observed_at"].take();
+        object
+    };
+    let listed = world.json("GET", "/workloads?state=Running", "").1["items"][0].take();
+    assert_eq!(ageless(listed), ageless(world.get("b")));
+    world.end();
+}
+
+#[test]
+fn an_answer_waits_for_the_state_asked_for() {
+    let world = World::new();
+    thread::scope(|scope| {
+        let asked = scope.spawn(|| world.json("POST", "/workloads?wait_ms=60000", &workload("a").to_string()));
+        eventually("it waits", || world.agent.asked("GetStatus a") == 1);
+        world.agent.set("a", State::Running, |_| {});
+        let (status, object) = asked.join().expect("answered");
+        assert_eq!((status, &object["state"]), (201, &json!("Running")));
+
+        let asked = scope.spawn(|| world.json("GET", "/workloads/a?wait_ms=60000&for=terminal", ""));
+        eventually("it waits", || world.agent.asked("GetStatus a") == 2);
+        world.agent.set("a", State::Succeeded, |status| status.exit_code = Some(0));
+        let (status, object) = asked.join().expect("answered");
+        assert_eq!((status, &object["state"], &object["status"]["exit_code"]), (200, &json!("Succeeded"), &json!(0)));
+    });
+    world.end();
+}
+
+#[test]
+fn a_stop_does_not_wait_for_those_who_wait() {
+    let world = World::new();
+    world.post("a");
+    let mut stream = Stream::connect(world.http.address(), soon()).expect("connected");
+    stream.write_all(b"GET /workloads/a?wait_ms=600000 HTTP/1.1\r\nHost: x\r\n\r\n", soon()).expect("written");
+    eventually("it waits", || world.agent.asked("GetStatus a") == 1);
+    let watch = Stopwatch::start();
+    world.running.plane.stopping.set();
+    world.end();
+    assert!(watch.elapsed_ms() < limits::DRAIN_MS, "{} ms", watch.elapsed_ms());
+    let mut buffer = [0; 12];
+    assert_eq!(stream.read(&mut buffer, soon()).ok().map(|n| buffer[..n].to_vec()), Some(b"HTTP/1.1 200".to_vec()));
+}
+
+#[test]
+fn logs_are_lines_of_text() {
+    let world = World::new();
+    world.post("a");
+    let (head, body) = world.ask("GET", "/workloads/a/logs?tail=5&since=10m&stream=stdout", "");
+    assert!(head.contains("\r\nContent-Type: text/plain; charset=utf-8"), "{head}");
+    assert_eq!(body, "line 1\nline 2\n");
+    let (_, body) = world.ask("GET", "/workloads/a/logs?timestamps&follow=1", "");
+    assert_eq!(body, "2026-01-01T00:00:01Z line 1\n2026-01-01T00:00:02Z line 2\n");
+    let (head, body) = world.send("GET /workloads/a/logs HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+    assert!(head.contains("\r\nTransfer-Encoding: chunked"), "{head}");
+    assert_eq!(body, "e\r\nline 1\nline 2\n\r\n0\r\n\r\n");
+    world.agent.fail("GetLogs", refusal(ErrorCode::NotFound));
+    assert_eq!(world.json("GET", "/workloads/a/logs?follow", "").1["code"], "unknown_to_node");
+    world.end();
+}
+
+#[test]
+fn nodes_are_shown_as_their_agents_describe_them() {
+    let world = World::new();
+    let (status, nodes) = world.json("GET", "/nodes", "");
+    let node = &nodes["items"][0];
+    assert_eq!((status, &node["id"], &node["ready"], &node["message"]), (200, &json!("node-1"), &json!(true), &Value::Null));
+    assert_eq!(node["address"], world.node_address.to_string());
+    assert_eq!(node["node"]["runtime_classes"][0]["name"], "gvisor");
+    assert_eq!(world.json("GET", "/nodes/node-2", "").1["code"], "not_found");
+    let (_, metrics) = world.ask("GET", "/metrics", "");
+    assert!(metrics.contains("\nkakuri_node_ready{node=\"node-1\"} 1\n"), "{metrics}");
+    assert!(metrics.contains("\nkakuri_workloads{state=\"Running\"} 0\n"), "{metrics}");
+    world.end();
+}

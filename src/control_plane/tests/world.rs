@@ -1,0 +1,320 @@
+//! A control plane over real sockets, and an agent of our own making that does as it is told.
+
+use std::net::Shutdown;
+use std::sync::atomic::Ordering;
+use std::sync::{Condvar, MutexGuard};
+use std::thread;
+
+use serde_json::{Value, json};
+
+use super::super::*;
+use crate::deadline::Timestamp;
+use crate::net::line::LineReader;
+use crate::net::listen::{Listener, Server};
+use crate::wire::Status;
+use crate::wire::agent::{ErrorCode, Event, EventKind, ExecResult, LogLine, LogStream, Object, Reply, Request};
+use crate::wire::workload::to_map;
+use crate::workload::{Phase, State};
+
+/// What a fake agent does instead of its duty, once.
+pub(super) enum Fault {
+    /// Closes the connection without a reply.
+    Close,
+    /// Says this.
+    Say(Reply),
+}
+
+#[derive(Default)]
+pub(super) struct Fake {
+    pub(super) workloads: BTreeMap<String, Object>,
+    watchers: Vec<Sender<Reply>>,
+    /// The types of requests so far, with the id.
+    asked: Vec<String>,
+    faults: Vec<(&'static str, Fault)>,
+    /// DeleteWorkload only begins; [`FakeAgent::forget`] ends it.
+    pub(super) deletes_slowly: bool,
+    revision: u64,
+}
+
+/// An agent that keeps workloads and never runs them.
+#[derive(Default)]
+pub(super) struct FakeAgent {
+    name: String,
+    fake: Mutex<Fake>,
+    changed: Condvar,
+}
+
+impl FakeAgent {
+    pub(super) fn lock(&self) -> MutexGuard<'_, Fake> {
+        self.fake.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn fail(&self, request: &'static str, fault: Fault) {
+        self.lock().faults.push((request, fault));
+    }
+
+    pub(super) fn asked(&self, what: &str) -> usize {
+        self.lock().asked.iter().filter(|asked| asked.starts_with(what)).count()
+    }
+
+    /// Moves a workload on, and tells the watchers.
+    pub(super) fn set(&self, id: &str, state: State, change: impl FnOnce(&mut Status)) {
+        let mut fake = self.lock();
+        let object = fake.workloads.get_mut(id).expect("a workload");
+        object.state = state;
+        object.status.observed_at = Timestamp::now();
+        change(&mut object.status);
+        let object = object.clone();
+        tell(&mut fake, EventKind::Modified, object);
+        self.changed.notify_all();
+    }
+
+    pub(super) fn forget(&self, id: &str) {
+        let mut fake = self.lock();
+        let object = fake.workloads.remove(id).expect("a workload");
+        tell(&mut fake, EventKind::Deleted, object);
+        self.changed.notify_all();
+    }
+
+    pub(super) fn answer(&self, request: Request, stopping: &AtomicBool) -> Vec<Reply> {
+        let mut fake = self.lock();
+        let status = |id: &str, object: &Object| Reply::Status { id: id.into(), state: object.state, status: object.status.clone() };
+        let unknown = |id: &str| Reply::error(ErrorCode::NotFound, "no such workload", Some(id.into()));
+        let reply = match request {
+            Request::GetNode => Reply::Node(Box::new(super::super::scheduler::tests::node(&self.name, &["gvisor", "native"]))),
+            Request::StartWorkload { workload, .. } => {
+                let id = workload.id.to_string();
+                let new =
+                    Object { state: State::Pending, status: Box::new(Status::accepted(Some(self.name.clone()))), spec: to_map(&workload) };
+                if !fake.workloads.contains_key(&id) {
+                    fake.workloads.insert(id.clone(), new.clone());
+                    tell(&mut fake, EventKind::Added, new);
+                }
+                status(&id, &fake.workloads[&id])
+            }
+            Request::GetStatus { id, wait } => {
+                let id = id.to_string();
+                if let Some((until, ms)) = wait {
+                    let deadline = Deadline::within_ms(ms, "wait");
+                    while fake.workloads.get(&id).is_some_and(|object| !until.is_reached(object.state)) && !stopping.load(Ordering::SeqCst)
+                    {
+                        let Ok(left) = deadline.left() else { break };
+                        let left = left.min(Duration::from_millis(20));
+                        fake = self.changed.wait_timeout(fake, left).unwrap_or_else(PoisonError::into_inner).0;
+                    }
+                }
+                match fake.workloads.get_mut(&id) {
+                    Some(object) => {
+                        object.status.observed_at = Timestamp::now();
+                        status(&id, object)
+                    }
+                    None => unknown(&id),
+                }
+            }
+            Request::StopWorkload { id, .. } => match fake.workloads.get_mut(id.as_str()) {
+                Some(object) => {
+                    object.status.phase = Some(Phase::Stopping);
+                    status(id.as_str(), object)
+                }
+                None => unknown(id.as_str()),
+            },
+            Request::DeleteWorkload { id, .. } if fake.deletes_slowly => {
+                let going_on = |_| Reply::error(ErrorCode::DeadlineExceeded, "not gone yet; it will be", Some(id.to_string()));
+                fake.workloads.get(id.as_str()).map_or_else(|| unknown(id.as_str()), going_on)
+            }
+            Request::DeleteWorkload { id, .. } => {
+                let removed = fake.workloads.remove(id.as_str());
+                removed.map_or_else(|| unknown(id.as_str()), |_| Reply::Deleted { id: id.to_string() })
+            }
+            Request::GetLogs(logs) => {
+                let line = |n: u32| {
+                    Reply::Log(LogLine { stream: LogStream::Stdout, time: format!("2026-01-01T00:00:0{n}Z"), line: format!("line {n}") })
+                };
+                let heartbeat = Reply::Heartbeat { time: Timestamp::now(), revision: 0 };
+                return vec![line(1), heartbeat, line(2), Reply::LogEnd { id: logs.id.to_string() }];
+            }
+            Request::Exec { command, .. } => {
+                let (stdout, encoding) = (command.join(" "), "utf-8".into());
+                Reply::ExecResult(ExecResult { exit_code: 3, stdout, stderr: String::new(), encoding, truncated: false })
+            }
+            _ => Reply::Ok,
+        };
+        vec![reply]
+    }
+
+    pub(super) fn watch(&self, stream: &mut Stream, stopping: &AtomicBool) {
+        let (sender, receiver) = bounded(1000);
+        {
+            let mut fake = self.lock();
+            let objects: Vec<Object> = fake.workloads.values().cloned().collect();
+            fake.watchers.push(sender);
+            let fake = &mut *fake;
+            for object in objects {
+                let event = Reply::Event(Event { revision: fake.revision, event: EventKind::Added, object });
+                fake.watchers.last().expect("just pushed").send(event).expect("room");
+            }
+            let heartbeat = Reply::Heartbeat { time: Timestamp::now(), revision: fake.revision };
+            fake.watchers.last().expect("just pushed").send(heartbeat).expect("room");
+        }
+        while !stopping.load(Ordering::SeqCst) {
+            let Ok(reply) = receiver.recv_timeout(Duration::from_millis(20)) else { continue };
+            if stream.write_all(&reply.to_line(None), soon()).is_err() {
+                return;
+            }
+        }
+    }
+}
+
+pub(super) fn tell(fake: &mut Fake, event: EventKind, object: Object) {
+    fake.revision += 1;
+    let event = Reply::Event(Event { revision: fake.revision, event, object });
+    fake.watchers.retain(|watcher| watcher.try_send(event.clone()).is_ok());
+}
+
+pub(super) struct FakeService(Arc<FakeAgent>);
+
+impl Service for FakeService {
+    fn serve(&self, mut stream: Stream, stopping: &AtomicBool) {
+        let mut reader = LineReader::new(limits::LINE_BYTES_MAX, 1000);
+        while let Ok(Some(line)) = reader.next(&mut stream, Deadline::within_ms(60_000, "idle")) {
+            let value: Value = serde_json::from_slice(line).expect("JSON");
+            let kind = value["type"].as_str().expect("a type").to_owned();
+            let id = value["id"].as_str().or(value["workload"]["id"].as_str()).unwrap_or_default();
+            let request = Request::parse(line).request.expect("a request");
+            let fault = {
+                let mut fake = self.0.lock();
+                fake.asked.push(format!("{kind} {id}"));
+                let at = fake.faults.iter().position(|(request, _)| *request == kind);
+                at.map(|at| fake.faults.remove(at).1)
+            };
+            let replies = match fault {
+                Some(Fault::Close) => return stream.shutdown(Shutdown::Both),
+                Some(Fault::Say(reply)) => vec![reply],
+                None if request == Request::Watch => return self.0.watch(&mut stream, stopping),
+                None => self.0.answer(request, stopping),
+            };
+            let lines: Vec<u8> = replies.iter().flat_map(|reply| reply.to_line(None)).collect();
+            if stream.write_all(&lines, soon()).is_err() {
+                return;
+            }
+        }
+    }
+
+    fn busy(&self) -> &'static [u8] {
+        b""
+    }
+}
+
+pub(super) fn soon() -> Deadline {
+    Deadline::within_ms(10_000, "test")
+}
+
+pub(super) fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
+    let deadline = soon();
+    while !is_so() {
+        assert!(deadline.left().is_ok(), "never: {what}");
+        thread::sleep(Duration::from_millis(2));
+    }
+}
+
+pub(super) fn any_port() -> Address {
+    Address::parse("127.0.0.1:0").expect("an address")
+}
+
+/// A control plane with one node, `node-1`, behind HTTP.
+pub(super) struct World {
+    pub(super) agent: Arc<FakeAgent>,
+    node: Option<Server>,
+    pub(super) node_address: Address,
+    pub(super) running: Running,
+    pub(super) http: Server,
+}
+
+impl World {
+    pub(super) fn new() -> Self {
+        let agent = Arc::new(FakeAgent { name: "node-1".into(), ..FakeAgent::default() });
+        let listener = Listener::bind(&any_port()).expect("a port");
+        let node = Server::start(listener, "agent", Arc::new(FakeService(Arc::clone(&agent)))).expect("a thread");
+        let node_address = node.address().clone();
+        let name = Name::new("node-1").expect("a name");
+        let running = Running::start(vec![(name, node_address.clone())]).expect("threads");
+        let api = Api::new(Arc::clone(&running.plane), false);
+        let http = Server::start(Listener::bind(&any_port()).expect("a port"), "http", Arc::new(Http(api))).expect("a thread");
+        let world = Self { agent, node: Some(node), node_address, running, http };
+        eventually("the node is ready", || world.status("GET", "/readyz", "") == 200);
+        world
+    }
+
+    /// Stops the agent; what it knows stays in `agent`.
+    pub(super) fn stop_agent(&mut self) {
+        self.node.take().expect("it runs").stop(1000);
+        self.agent.lock().watchers.clear();
+    }
+
+    pub(super) fn start_agent(&mut self) {
+        let listener = Listener::bind(&self.node_address).expect("the same port");
+        self.node = Some(Server::start(listener, "agent", Arc::new(FakeService(Arc::clone(&self.agent)))).expect("a thread"));
+        eventually("the node is ready again", || self.status("GET", "/readyz", "") == 200);
+    }
+
+    /// Head and body of an answer.
+    pub(super) fn ask(&self, method: &str, target: &str, body: &str) -> (String, String) {
+        let framing =
+            if body.is_empty() { String::new() } else { format!("Content-Type: application/json\r\nContent-Length: {}\r\n", body.len()) };
+        // The body of an HTTP/1.0 response ends with the connection, chunks or not.
+        self.send(&format!("{method} {target} HTTP/1.0\r\n{framing}\r\n{body}"))
+    }
+
+    pub(super) fn send(&self, text: &str) -> (String, String) {
+        let mut stream = Stream::connect(self.http.address(), soon()).expect("connected");
+        stream.write_all(text.as_bytes(), soon()).expect("written");
+        let (mut answer, mut buffer) = (Vec::new(), [0; 4096]);
+        while let Ok(n @ 1..) = stream.read(&mut buffer, soon()) {
+            answer.extend_from_slice(&buffer[..n]);
+        }
+        let answer = String::from_utf8(answer).expect("text");
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap_or_else(|| panic!("no head: {answer:?}"));
+        (head.to_owned(), body.to_owned())
+    }
+
+    pub(super) fn status(&self, method: &str, target: &str, body: &str) -> u16 {
+        code(&self.ask(method, target, body).0)
+    }
+
+    pub(super) fn json(&self, method: &str, target: &str, body: &str) -> (u16, Value) {
+        let (head, body) = self.ask(method, target, body);
+        (code(&head), serde_json::from_str(&body).unwrap_or_else(|error| panic!("{error}: {head}\n{body:?}")))
+    }
+
+    pub(super) fn post(&self, id: &str) -> Value {
+        let (status, object) = self.json("POST", "/workloads", &workload(id).to_string());
+        assert_eq!(status, 201, "{object}");
+        object
+    }
+
+    pub(super) fn get(&self, id: &str) -> Value {
+        let (status, object) = self.json("GET", &format!("/workloads/{id}"), "");
+        assert_eq!(status, 200, "{object}");
+        object
+    }
+
+    pub(super) fn end(self) {
+        self.http.stop(2000);
+        self.running.stop();
+        if let Some(node) = self.node {
+            node.stop(2000);
+        }
+    }
+}
+
+pub(super) fn code(head: &str) -> u16 {
+    head.split(' ').nth(1).and_then(|code| code.parse().ok()).unwrap_or_else(|| panic!("{head}"))
+}
+
+pub(super) fn workload(id: &str) -> Value {
+    json!({"id": id, "image": "busybox", "runtime_class": "gvisor", "labels": {"app": id}})
+}
+
+pub(super) fn refusal(code: ErrorCode) -> Fault {
+    Fault::Say(Reply::error(code, "because", None))
+}
