@@ -11,7 +11,6 @@ mod output;
 mod selector;
 mod workloads;
 
-use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -21,7 +20,7 @@ use super::{Plane, node_client, profiles, scheduler, store};
 use crate::http::{Handler, Method, Reject, Request, Response, Status};
 use crate::limits;
 use crate::metrics;
-use crate::report::Chain;
+use crate::report::{Chain, random_id};
 use crate::wire::agent::{ErrorCode, ErrorReply, ProblemBody};
 use crate::wire::api::{ProblemDetails, to_json};
 use crate::wire::{Problems, json};
@@ -133,9 +132,7 @@ impl Handler for Api {
 
 impl Api {
     pub(super) fn new(plane: Arc<Plane>, insecure_listen: bool) -> Self {
-        // Without randomness the ids are still different within this process.
-        let prefix = random().map_or_else(|_| "0".into(), |bytes| format!("{:x}", u64::from_be_bytes(bytes) >> 32));
-        Self { plane, insecure_listen, prefix, requests: AtomicU64::new(0) }
+        Self { plane, insecure_listen, prefix: random_id(), requests: AtomicU64::new(0) }
     }
 
     fn answer(&self, call: &Call<'_>) -> Answer {
@@ -200,13 +197,6 @@ fn no_route(method: Method, path: &[&str]) -> Answer {
 /// An id a client made: short and visible, so that it can stand in a log line.
 fn is_request_id(id: &str) -> bool {
     (1..=limits::REQUEST_ID_BYTES_MAX).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic())
-}
-
-/// Eight random bytes.
-fn random() -> io::Result<[u8; 8]> {
-    let mut bytes = [0; 8];
-    io::Read::read_exact(&mut std::fs::File::open("/dev/urandom")?, &mut bytes)?;
-    Ok(bytes)
 }
 
 /// The JSON of a body.

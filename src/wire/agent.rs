@@ -1,6 +1,15 @@
 //! The line protocol between the control plane, or a person with `nc`, and an agent: one JSON object a line.
 //!
 //! Requests are read strictly ([`Request::parse`]); replies leniently, for an agent may be one version ahead.
+//!
+//! What the shapes alone do not say:
+//!
+//! - `StartWorkload` answered with `Error` was not taken. It is idempotent, as are all but `Exec`.
+//! - `StopWorkload` without `wait_ms` answers at once. `DeleteWorkload` answers `Deleted` when nothing is left, `NotFound` when
+//!   nothing was there, and `DeadlineExceeded` when it takes longer than `wait_ms`: then it goes on, and a `DELETED` event tells its end.
+//! - `GetStatus` with `wait_ms` is answered with `NotFound` when the workload goes away meanwhile.
+//! - `Watch` begins with `ADDED` for everything there is, and a `Heartbeat` that ends the list.
+//! - `GetLogs` refuses with its first line, or ends with `LogEnd`; with `follow` there may be `Heartbeat`s between.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};

@@ -10,9 +10,10 @@ use super::super::scheduler::{self, Candidate, Placement};
 use super::super::store::{Desired, Insertion, Record};
 use super::super::{monitor, profiles};
 use super::selector::Selector;
-use super::{Answer, Api, CLASS_REQUIRED, Call, Refusal, body, random};
+use super::{Answer, Api, CLASS_REQUIRED, Call, Refusal, body};
 use crate::http::{Request, Response, Status};
 use crate::limits;
+use crate::report::random_id;
 use crate::wire::agent::Until;
 use crate::wire::api::{Page, to_json};
 use crate::wire::{Problems, workload};
@@ -29,7 +30,7 @@ impl Api {
         }
         let choice = profiles::choose(&draft)?;
         let Placement { node, class, rejected } = self.place(&choice, &draft.spec)?;
-        let id = draft.id.clone().map_or_else(new_id, Ok)?;
+        let id = draft.id.clone().unwrap_or_else(new_id);
         let claim = self.plane.dispatch.claim(&id);
         let record = Record::new(draft.resolve(id.clone(), class), node, rejected);
         let workload = Arc::clone(&record.workload);
@@ -154,14 +155,9 @@ fn read_draft(request: &Request) -> Result<Draft, Refusal> {
     })
 }
 
-/// `wl-` and 12 letters and digits: 60 random bits.
-fn new_id() -> Result<WorkloadId, Refusal> {
-    const ALPHABET: [u8; 32] = *b"abcdefghijklmnopqrstuvwxyz234567";
-    let fail = |why: String| Refusal::new(Status::Unavailable, "no_randomness", why);
-    let bits = u64::from_be_bytes(random().map_err(|error| fail(format!("no id can be made: {error}")))?);
-    let letter = |i: u32| char::from(ALPHABET[usize::try_from((bits >> (5 * i)) & 31).unwrap_or_default()]);
-    let text: String = "wl-".chars().chain((0..12).map(letter)).collect();
-    WorkloadId::new(&text).map_err(|unfit| fail(unfit.0))
+/// `wl-` and 12 letters and digits.
+fn new_id() -> WorkloadId {
+    WorkloadId::new(&format!("wl-{}", random_id())).expect("base 32 in lower case is a label")
 }
 
 /// How long to hold the answer; nothing for not at all.
