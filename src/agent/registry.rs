@@ -8,6 +8,8 @@
 //! Invariant: a terminal state never changes; an exit code once known never changes.
 //! Invariant: `revision` grows with every change that a watcher sees.
 
+mod entry;
+
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
@@ -16,13 +18,14 @@ use std::time::Duration;
 use crossbeam_channel::{Receiver, Sender, bounded};
 
 use crate::cri::runtime::{Class, Ending, Found, Observed, Progress, Seen, StartError, Started};
-use crate::deadline::{Deadline, Stopwatch, Timestamp};
+use crate::deadline::{Deadline, Timestamp};
 use crate::limits;
-use crate::report::clip;
 use crate::wire::agent::{Event, EventKind, Object, Resources, Until};
 use crate::wire::status::{Isolation, Status, Timings};
-use crate::wire::workload::to_map;
 use crate::workload::{Name, Phase, Reason, State, Workload, WorkloadId};
+
+pub use entry::Chore;
+use entry::{Entry, Made, Probe, Wanted, Work};
 
 /// All workloads of this agent.
 pub struct Registry {
@@ -68,196 +71,6 @@ pub struct Watch {
     pub events: Receiver<Arc<Event>>,
     _alive: Arc<()>,
 }
-
-struct Entry {
-    workload: Arc<Workload>,
-    /// Tells this acceptance of the id from any other.
-    uid: Arc<str>,
-    /// The class as it was when the workload was accepted; a later configuration does not change what was promised.
-    class: Arc<Class>,
-    /// Which runtime has it.
-    endpoint: usize,
-    spec_bytes: usize,
-    /// The values of the environment are known; they are not after an adoption.
-    is_env_known: bool,
-    state: State,
-    status: Status,
-    wanted: Wanted,
-    work: Work,
-    probe: Probe,
-    /// The sandbox and container of a start that worked.
-    made: Option<Made>,
-    /// Set when nobody wants a start in flight any more.
-    cancel: Arc<AtomicBool>,
-    accepted: Stopwatch,
-    start_deadline: Deadline,
-    /// When a chore that failed may be tried again, and how often it failed.
-    retry: Option<Deadline>,
-    failures: u32,
-    /// The polite signal was sent; the kill is due then.
-    kill: Option<Deadline>,
-    /// When a probe that got no answer may be tried again, and how long the next pause is.
-    probe_retry: Option<(Deadline, u64)>,
-    /// When its time to live is over.
-    ttl: Option<Deadline>,
-    /// The registry's revision at its last change.
-    version: u64,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Made {
-    sandbox_id: String,
-    container_id: String,
-    /// The sandbox was stopped; only its record is left at the runtime.
-    retired: bool,
-}
-
-/// What is wanted of a workload.
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Wanted {
-    Delete,
-    Run,
-    Stop { reason: Reason, message: Option<String> },
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Work {
-    Doing,
-    Idle,
-    Queued(Chore),
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Probe {
-    Due,
-    /// Answered, not needed, or given up.
-    Over,
-    Queued,
-}
-
-/// What a workload needs done next.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Chore {
-    /// Remove what is left at the runtime and on disk, and forget it.
-    Remove,
-    /// Stop the sandbox of a workload that ended: frees its network, its memory and its processes.
-    Retire,
-    /// Start it.
-    Start,
-    /// Stop its container.
-    Stop,
-}
-
-impl Entry {
-    fn chore(&self) -> Option<Chore> {
-        if self.retry.is_some_and(|retry| retry.left().is_ok()) {
-            return None;
-        }
-        let is_running = self.state == State::Running;
-        match &self.wanted {
-            // A runtime that does not stop a container may still remove its sandbox.
-            Wanted::Delete if is_running && self.failures >= STOP_FAILURES_MAX => Some(Chore::Remove),
-            Wanted::Delete | Wanted::Stop { .. } if is_running => Some(Chore::Stop),
-            Wanted::Delete => Some(Chore::Remove),
-            Wanted::Run if self.state == State::Pending => Some(Chore::Start),
-            Wanted::Run | Wanted::Stop { .. } => {
-                let retires = self.state.is_terminal() && self.made.as_ref().is_some_and(|m| !m.retired);
-                retires.then_some(Chore::Retire)
-            }
-        }
-    }
-
-    fn object(&self) -> Object {
-        let mut spec = to_map(&self.workload);
-        if let (false, Some(serde_json::Value::Object(env))) = (self.is_env_known, spec.get_mut("env")) {
-            env.values_mut().for_each(|value| *value = serde_json::Value::Null);
-        }
-        Object { spec, state: self.state, status: Box::new(self.status.clone()) }
-    }
-
-    fn owns(&self, sandbox_id: &str) -> bool {
-        self.made.as_ref().is_some_and(|made| made.sandbox_id == sandbox_id)
-    }
-
-    /// How long a stop may be polite. Who asked for the end gets the grace the workload asks for; a sandbox that is not what it
-    /// should be gets none.
-    fn grace_ms(&self) -> u64 {
-        let grace_ms = self.workload.spec.stop_grace_ms;
-        match &self.wanted {
-            Wanted::Stop { reason: Reason::IsolationMismatch | Reason::SandboxDied, .. } => 0,
-            Wanted::Stop { reason: Reason::TtlExpired, .. } => grace_ms.min(limits::FORCED_GRACE_MS_MAX),
-            Wanted::Delete | Wanted::Run | Wanted::Stop { .. } => grace_ms,
-        }
-    }
-
-    /// Moves to another state, if the state machine allows.
-    fn become_state(&mut self, next: State) {
-        if self.state.may_become(next) {
-            self.state = next;
-        } else {
-            log::error!("workload {}: {} may not become {next}", self.workload.id, self.state);
-        }
-    }
-
-    /// The workload is over. The first cause wins.
-    fn end(&mut self, state: State, reason: Reason, message: Option<String>, finished_at: Option<Timestamp>) {
-        if self.state.is_terminal() {
-            return;
-        }
-        self.become_state(state);
-        self.status.reason = Some(reason);
-        self.status.message = message;
-        self.status.phase = None;
-        self.status.finished_at = finished_at;
-        self.status.observed_at = Timestamp::now();
-        self.ttl = None;
-        self.retry = None;
-        self.kill = None;
-        self.failures = 0;
-        self.probe = Probe::Over;
-    }
-
-    /// The start is given up. What went wrong first says more than what went wrong last.
-    fn give_up(&mut self, reason: Reason, message: String) {
-        let first = self.status.message.take();
-        if first.is_some() {
-            self.status.last_error = Some(message.clone());
-        }
-        self.end(State::Failed, reason, Some(first.unwrap_or(message)), Some(Timestamp::now()));
-    }
-
-    fn ended(&mut self, ending: Ending) {
-        let Ending { exit_code, oom_killed, never_ran, message, started_at, finished_at } = ending;
-        if self.state.is_terminal() {
-            return;
-        }
-        self.status.exit_code = exit_code;
-        self.status.oom_killed = oom_killed;
-        self.status.started_at = self.status.started_at.or(started_at);
-        let said = Some(message).filter(|m| !m.is_empty());
-        let (reason, message) = match &self.wanted {
-            _ if oom_killed => (Reason::OomKilled, said),
-            _ if never_ran => (Reason::StartFailed, said),
-            Wanted::Stop { reason, message } => (*reason, message.clone().or(said)),
-            Wanted::Delete => (Reason::Stopped, said),
-            Wanted::Run if exit_code == Some(0) => (Reason::Completed, said),
-            Wanted::Run => (Reason::Error, said.or_else(|| exit_code.is_none().then(|| "the runtime does not know the exit code".into()))),
-        };
-        let succeeded = exit_code == Some(0) && matches!(reason, Reason::Completed | Reason::Stopped);
-        self.end(if succeeded { State::Succeeded } else { State::Failed }, reason, message, finished_at);
-    }
-
-    fn fail_chore(&mut self, message: String) {
-        self.failures = self.failures.saturating_add(1);
-        // 250 ms doubling to 16 s: a runtime that restarts is back in a second or two.
-        let ms = 250u64 << self.failures.saturating_sub(1).min(6);
-        self.retry = Some(Deadline::within_ms(ms, "retry"));
-        self.status.last_error = Some(clip(message, limits::MESSAGE_BYTES_MAX));
-    }
-}
-
-/// Failed stops after which a delete goes on to removing the sandbox.
-const STOP_FAILURES_MAX: u32 = 3;
 
 /// How an `accept` was answered.
 #[derive(Debug, PartialEq, Eq)]
@@ -329,39 +142,16 @@ impl Registry {
     /// # Errors
     /// [`Refusal`].
     pub fn accept(&self, workload: Workload, class: Class, endpoint: usize) -> Result<(State, Status), Refusal> {
-        let spec_bytes = spec_bytes(&workload);
         let mut inner = self.lock();
         if let Some(answer) = present(&mut inner, &workload) {
             return answer;
         }
-        let specs_bytes = inner.specs_bytes.saturating_add(spec_bytes);
+        let id = workload.id.clone();
+        let entry = Entry::new(workload, &crate::report::random_id(), class, endpoint, Status::accepted(Some(self.node.to_string())));
+        let specs_bytes = inner.specs_bytes.saturating_add(entry.spec_bytes);
         if inner.entries.len() >= limits::AGENT_WORKLOADS_MAX || specs_bytes > limits::AGENT_SPECS_BYTES_MAX {
             return Err(Refusal::Full);
         }
-        let id = workload.id.clone();
-        let entry = Entry {
-            start_deadline: Deadline::within_ms(workload.spec.start_deadline_ms, "start"),
-            workload: Arc::new(workload),
-            uid: crate::report::random_id().into(),
-            class: Arc::new(class),
-            endpoint,
-            spec_bytes,
-            is_env_known: true,
-            state: State::Pending,
-            status: Status::accepted(Some(self.node.to_string())),
-            wanted: Wanted::Run,
-            work: Work::Idle,
-            probe: Probe::Over,
-            made: None,
-            cancel: Arc::default(),
-            accepted: Stopwatch::start(),
-            retry: None,
-            failures: 0,
-            kill: None,
-            probe_retry: None,
-            ttl: None,
-            version: 0,
-        };
         let answer = (entry.state, entry.status.clone());
         inner.specs_bytes = specs_bytes;
         inner.entries.insert(id.clone(), entry);
@@ -380,7 +170,6 @@ impl Registry {
     /// Takes up a workload that the runtime `endpoint` has and we do not know: from before this agent started. A sandbox that is not
     /// of the handler asked for is taken up to be stopped.
     pub fn adopt(&self, workload: Workload, seen: &Seen, overhead_mb: u64, endpoint: usize, found: Found) {
-        let spec_bytes = spec_bytes(&workload);
         let mut inner = self.lock();
         if inner.entries.contains_key(&workload.id) {
             return;
@@ -413,34 +202,20 @@ impl Registry {
         };
         // The wall clock may have jumped, so it can shorten the time to live, and never lengthen it.
         let ran_ms = since.map_or(0, |since| Timestamp::now().as_millis().saturating_sub(since.as_millis()));
-        let mut entry = Entry {
-            start_deadline: Deadline::within_ms(workload.spec.start_deadline_ms, "start"),
-            is_env_known: workload.spec.env.is_empty(),
-            ttl: workload.spec.ttl_ms.map(|ms| Deadline::within_ms(ms.saturating_sub(ran_ms), "ttl")),
-            workload: Arc::new(workload),
-            uid: seen.uid.as_str().into(),
-            class: Arc::new(class),
-            endpoint,
-            spec_bytes,
-            state: State::Running,
-            status,
-            wanted: if verified { Wanted::Run } else { Wanted::Stop { reason: Reason::IsolationMismatch, message: Some(mismatch()) } },
-            work: Work::Idle,
-            probe: if seen.own_kernel { Probe::Due } else { Probe::Over },
-            made: Some(Made { sandbox_id: seen.sandbox_id.clone(), container_id, retired: false }),
-            cancel: Arc::default(),
-            accepted: Stopwatch::start(),
-            retry: None,
-            failures: 0,
-            kill: None,
-            probe_retry: None,
-            version: 0,
-        };
-        entry.status.started_at = since;
+        status.started_at = since;
+        let mut entry = Entry::new(workload, &seen.uid, class, endpoint, status);
+        entry.state = State::Running;
+        entry.is_env_known = entry.workload.spec.env.is_empty();
+        entry.ttl = entry.workload.spec.ttl_ms.map(|ms| Deadline::within_ms(ms.saturating_sub(ran_ms), "ttl"));
+        entry.probe = if seen.own_kernel { Probe::Due } else { Probe::Over };
+        entry.made = Some(Made { sandbox_id: seen.sandbox_id.clone(), container_id, retired: false });
+        if !verified {
+            entry.wanted = Wanted::Stop { reason: Reason::IsolationMismatch, message: Some(mismatch()) };
+        }
         if let Observed::Ended(ending) = found.observed {
             entry.ended(ending);
         }
-        inner.specs_bytes = inner.specs_bytes.saturating_add(spec_bytes);
+        inner.specs_bytes = inner.specs_bytes.saturating_add(entry.spec_bytes);
         inner.entries.insert(id.clone(), entry);
         self.publish(&mut inner, &id, EventKind::Added);
     }
@@ -955,10 +730,6 @@ fn present(inner: &mut Inner, workload: &Workload) -> Option<Result<(State, Stat
         entry.is_env_known = true;
     }
     Some(Ok((entry.state, entry.status.clone())))
-}
-
-fn spec_bytes(workload: &Workload) -> usize {
-    serde_json::Value::Object(to_map(workload)).to_string().len()
 }
 
 /// Whether the same was asked for before. After an adoption the values of the environment are unknown, and only its names count.

@@ -69,6 +69,9 @@ enum Note {
     Ended,
 }
 
+/// A call and its message.
+type Job = (Arc<Call>, Vec<u8>);
+
 /// A call's way to its client.
 pub(super) struct Outbox<'a> {
     call: &'a Call,
@@ -122,7 +125,8 @@ fn serve(machine: &Machine, stream: Stream, stopping: &AtomicBool) -> Result<(),
         let reader = notes.clone();
         named("cri-read").spawn_scoped(scope, move || read(&mut incoming, &reader)).map_err(net::Error::Io)?;
         let outcome = shake_hands(&mut handshake, &pipe, &inbox, deadline).map(|h2| {
-            let mut driver = Driver { machine, scope, h2, pipe, notes, waiting: VecDeque::new(), busy: 0, live: BTreeMap::new() };
+            let (calls, waiting, live) = (bounded(limits::SIM_WORKERS_MAX), VecDeque::new(), BTreeMap::new());
+            let mut driver = Driver { machine, scope, h2, pipe, notes, waiting, calls, workers: 0, busy: 0, live };
             driver.run(&inbox, stopping);
             driver.live.values().for_each(|live| machine.cancel(&live.call));
         });
@@ -183,8 +187,11 @@ struct Driver<'scope, 'env> {
     pipe: Pipe,
     notes: Sender<Note>,
     /// Calls that want a worker, and their messages.
-    waiting: VecDeque<(Arc<Call>, Vec<u8>)>,
-    /// Calls that have one.
+    waiting: VecDeque<Job>,
+    /// From the driver to the workers.
+    calls: (Sender<Job>, Receiver<Job>),
+    workers: usize,
+    /// Calls that have a worker.
     busy: usize,
     live: BTreeMap<u32, Live>,
 }
@@ -275,15 +282,19 @@ impl Driver<'_, '_> {
         }
         self.live.retain(|_, live| !live.is_over);
         self.waiting.retain(|(call, _)| !call.is_cancelled());
-        while self.busy < limits::SIM_WORKERS_MAX {
-            let Some((call, message)) = self.waiting.pop_front() else { break };
-            let (machine, notes, stream) = (self.machine, self.notes.clone(), call.stream);
-            self.busy += 1;
-            let work = move || machine.serve(&call, &message, &Outbox { call: &call, notes: &notes });
-            if let Err(error) = named("cri-call").spawn_scoped(self.scope, work) {
-                log::error!("no thread for a call: {error}");
-                self.take(stream, Answer::End(End::Status(status_of(Code::ResourceExhausted, "no threads"))));
+        while !self.waiting.is_empty() && self.busy < limits::SIM_WORKERS_MAX {
+            if self.busy == self.workers {
+                let (machine, calls, notes) = (self.machine, self.calls.1.clone(), self.notes.clone());
+                let work =
+                    move || calls.iter().for_each(|(call, message)| machine.serve(&call, &message, &Outbox { call: &call, notes: &notes }));
+                match named("cri-call").spawn_scoped(self.scope, work) {
+                    Ok(_) => self.workers += 1, // The scope joins it.
+                    Err(error) => return log::error!("no thread for a call, it waits: {error}"),
+                }
             }
+            self.busy += 1;
+            // There is room: at most SIM_WORKERS_MAX are busy.
+            let _ = self.waiting.pop_front().map(|job| self.calls.0.try_send(job));
         }
     }
 

@@ -1,3 +1,4 @@
+use super::entry::STOP_FAILURES_MAX;
 use super::*;
 use crate::workload::ImageRef;
 use serde_json::json;
