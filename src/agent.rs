@@ -135,6 +135,11 @@ impl Agent {
         self.logs.join(id.as_str())
     }
 
+    /// Where all of them are.
+    pub fn logs_dir(&self) -> &std::path::Path {
+        &self.logs
+    }
+
     /// Whether the agent is on its way out.
     pub fn is_stopping(&self) -> bool {
         self.stopping.load(Ordering::SeqCst)
@@ -185,12 +190,23 @@ fn run(config: &AgentConfig) -> Result<(), Box<dyn std::error::Error>> {
     let servers = daemon::serve(&config.listen, "agent", &agent)?;
     let queues = WorkQueues { starts: start_queue, ends: end_queue, probes: probe_queue, sweeps: sweep_queue };
     let mut threads = start_threads(&agent, config, &queues)?;
+    wait_for_first_list(&agent);
     daemon::announce(&servers, config.ready_file.as_deref())?;
     let result = wait_for_stop(&signals, &threads);
     log::info!("stopping; workloads go on running");
     stop_all(&agent, servers, stop_sender, &mut threads);
     result.map_err(Into::into)
 }
+
+/// Whoever waits for the agent wants to find what runs. A runtime that does not answer is waited for a little, no more.
+fn wait_for_first_list(agent: &Agent) {
+    let deadline = Deadline::within_ms(FIRST_LIST_MS_MAX, "first list");
+    let is_settled = |endpoint: &Arc<Endpoint>| endpoint.is_listed() || endpoint.health().error.is_some();
+    while !agent.node.endpoints.iter().all(is_settled) && deadline.left().is_ok() && agent.pause(5) {}
+}
+
+/// How long a runtime may keep the agent from saying that it serves.
+const FIRST_LIST_MS_MAX: u64 = 3000;
 
 /// Waits until somebody says stop, or a thread that should live as long as the agent does not.
 fn wait_for_stop(signals: &Receiver<Signal>, threads: &Threads) -> Result<(), String> {

@@ -129,7 +129,7 @@ fn handle(agent: &Agent, request: Request, client: &mut Client<'_>) -> Result<()
         Request::GetStatus { id, wait } => {
             refresh(agent, &id);
             let (until, ms) = wait.unwrap_or((Until::Started, 0));
-            status_reply(&id, agent.registry.wait(&id, until, Deadline::within_ms(ms, "wait"), client.stopping))
+            status_reply(agent, &id, agent.registry.wait(&id, until, Deadline::within_ms(ms, "wait"), client.stopping))
         }
         Request::ListWorkloads { after, limit } => list(agent, after.as_ref(), limit),
         Request::Ping => Reply::Pong { version: env!("CARGO_PKG_VERSION").into() },
@@ -137,22 +137,29 @@ fn handle(agent: &Agent, request: Request, client: &mut Client<'_>) -> Result<()
         Request::StopWorkload { id, wait_ms } => {
             let stopped = agent.registry.want_stop(&id, Reason::Stopped, None);
             let waited = wait_ms.and_then(|ms| agent.registry.wait(&id, Until::Terminal, Deadline::within_ms(ms, "wait"), client.stopping));
-            status_reply(&id, waited.or(stopped))
+            status_reply(agent, &id, waited.or(stopped))
         }
         Request::Watch => return watch(agent, client),
     };
     client.send(&reply)
 }
 
-fn status_reply(id: &WorkloadId, status: Option<(State, crate::wire::Status)>) -> Reply {
+fn status_reply(agent: &Agent, id: &WorkloadId, status: Option<(State, crate::wire::Status)>) -> Reply {
     match status {
         Some((state, status)) => Reply::Status { id: id.to_string(), state, status: Box::new(status) },
-        None => not_found(id),
+        None => not_found(agent, id),
     }
 }
 
-fn not_found(id: &WorkloadId) -> Reply {
-    Reply::error(ErrorCode::NotFound, "no such workload on this node", Some(id.to_string()))
+/// There is no such workload; as long as a runtime was not listed since the agent started, nobody can say so.
+fn not_found(agent: &Agent, id: &WorkloadId) -> Reply {
+    let is_certain = agent.node.endpoints.iter().all(|endpoint| endpoint.is_listed());
+    let (code, message) = if is_certain {
+        (ErrorCode::NotFound, "no such workload on this node")
+    } else {
+        (ErrorCode::Unavailable, "not known yet: the runtime was not listed since the agent started")
+    };
+    Reply::error(code, message, Some(id.to_string()))
 }
 
 fn invalid(problems: &Problems, id: Option<String>) -> Reply {
@@ -182,7 +189,7 @@ fn start(agent: &Agent, workload: Workload, wait_ms: Option<u64>, client: &Clien
         }
     };
     let waited = wait_ms.and_then(|ms| agent.registry.wait(&id, Until::Started, Deadline::within_ms(ms, "wait"), client.stopping));
-    status_reply(&id, Some(waited.unwrap_or(accepted)))
+    status_reply(agent, &id, Some(waited.unwrap_or(accepted)))
 }
 
 /// Why this node does not take a workload.
@@ -256,7 +263,7 @@ fn refresh(agent: &Agent, id: &WorkloadId) {
 
 fn delete(agent: &Agent, id: &WorkloadId, wait_ms: Option<u64>, client: &Client<'_>) -> Reply {
     if !agent.registry.want_delete(id) {
-        return not_found(id);
+        return not_found(agent, id);
     }
     let ms = wait_ms.unwrap_or(limits::DELETE_WAIT_MS_DEFAULT);
     if agent.registry.wait_gone(id, Deadline::within_ms(ms, "wait"), client.stopping) {
@@ -284,7 +291,7 @@ fn list(agent: &Agent, after: Option<&WorkloadId>, limit: usize) -> Reply {
 fn exec(agent: &Agent, id: &WorkloadId, command: &[String], timeout_ms: u64) -> Reply {
     let error = |code, message: String| Reply::error(code, message, Some(id.to_string()));
     let (endpoint, container_id) = match agent.registry.container(id) {
-        None => return not_found(id),
+        None => return not_found(agent, id),
         Some(Container { state: State::Running, id: Some(container_id), endpoint, .. }) => (agent.endpoint(endpoint), container_id),
         Some(Container { state, .. }) => return error(ErrorCode::Unavailable, format!("the workload is {state}, not Running")),
     };
@@ -321,7 +328,7 @@ fn exec_result(stdout: &[u8], stderr: &[u8], exit_code: i32) -> ExecResult {
 fn logs(agent: &Agent, request: &LogRequest, client: &mut Client<'_>) -> Result<(), Hangup> {
     let id = &request.id;
     if !agent.registry.contains(id) {
-        return client.send(&not_found(id));
+        return client.send(&not_found(agent, id));
     }
     let mut reader = LogReader::new(agent.log_dir(id), request);
     let mut tail = request.tail.map(Tail::new);

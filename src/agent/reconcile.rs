@@ -169,7 +169,11 @@ fn relist(agent: &Agent, index: usize, endpoint: &Arc<Endpoint>) {
             action => apply(agent, index, endpoint, action),
         }
     }
+    let is_first = !endpoint.is_listed();
     endpoint.note_relist(result);
+    if is_first {
+        super::work::remove_stray_logs(agent);
+    }
 }
 
 fn apply(agent: &Agent, index: usize, endpoint: &Arc<Endpoint>, action: Action) {

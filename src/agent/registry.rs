@@ -353,7 +353,10 @@ impl Registry {
                 entry.ended(ending);
                 self.publish(&mut inner, id, EventKind::Modified);
             }
-            Observed::Running(_) => entry.status.observed_at = Timestamp::now(),
+            Observed::Running(since) => {
+                entry.status.observed_at = Timestamp::now();
+                entry.status.started_at = entry.status.started_at.or(since);
+            }
             Observed::Created | Observed::Unknown => {}
         }
     }

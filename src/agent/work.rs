@@ -178,7 +178,23 @@ pub fn sweep(agent: &Agent, endpoint: usize, seen: &Seen) {
     let deadline = Deadline::within_ms(limits::UNDO_MS_MAX, "sweep");
     if let Err(error) = runtime::remove_sandbox(&agent.endpoint(endpoint).client, sandbox_id, deadline) {
         // The next list shows it again.
-        log::warn!("sandbox {sandbox_id}: {}", Chain(&error));
+        return log::warn!("sandbox {sandbox_id}: {}", Chain(&error));
+    }
+    remove_stray_logs(agent);
+}
+
+/// Removes log directories of workloads that are not here any more: of starts that another agent began, and nobody takes up. Only
+/// when every runtime was listed is it known who is here.
+pub fn remove_stray_logs(agent: &Agent) {
+    if !agent.node.endpoints.iter().all(|endpoint| endpoint.is_listed()) {
+        return;
+    }
+    for entry in fs::read_dir(agent.logs_dir()).into_iter().flatten().flatten() {
+        let id = entry.file_name().to_str().and_then(|name| WorkloadId::new(name).ok());
+        // What has no id for a name is not ours.
+        if id.is_some_and(|id| !agent.registry.contains(&id)) {
+            let _ = fs::remove_dir_all(entry.path()); // Tried again with the next sweep.
+        }
     }
 }
 

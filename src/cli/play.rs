@@ -267,7 +267,7 @@ fn start(
     complain(PROGRAM, &format_args!("{} is ready on {address}, its agent on {agent}", config.name));
     if address.starts_with("http:") {
         complain(PROGRAM, &format_args!("try: curl {address}/nodes"));
-        complain(PROGRAM, &format_args!("try: kakuri --server {address} run --image busybox --wait -- echo hello"));
+        complain(PROGRAM, &format_args!("try: kakuri --server {address} run --image busybox --profile internal --wait -- echo hello"));
     }
     complain(PROGRAM, &"Ctrl-C stops both; workloads of a real runtime live on");
     Ok(true)

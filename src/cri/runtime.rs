@@ -312,7 +312,12 @@ fn start_container(client: &Client, id: &str, deadline: Deadline) -> Result<prot
             return Err(fail(error, sent));
         }
     }
-    let status = client.container_status(id, deadline).map_err(|e| fail(&e, sent))?;
+    let status = match (client.container_status(id, deadline), &started) {
+        (Ok(status), _) => status,
+        // It was started; how it is, the next list will say.
+        (Err(_), Ok(())) => proto::ContainerStatus::default(),
+        (Err(_), Err(error)) => return Err(fail(error, sent)),
+    };
     let never_ran = status.state() == proto::ContainerState::ContainerExited && status.reason == START_ERROR;
     match (started, status.state()) {
         (Err(error), proto::ContainerState::ContainerCreated | proto::ContainerState::ContainerUnknown) => Err(fail(&error, sent)),
@@ -330,7 +335,9 @@ const START_ERROR: &str = "StartError";
 /// The failure of a step, from the error of its call.
 fn failure(error: &grpc::Error, reason: Reason, deadline: Deadline) -> StartError {
     let message = clip(crate::report::Chain(error).to_string(), limits::MESSAGE_BYTES_MAX);
-    let expired = deadline.left().is_err();
+    // The runtime has our deadline too, and may say so a moment before we do.
+    let is_near = deadline.left().is_ok_and(|left| left.as_millis() < 1000);
+    let expired = deadline.left().is_err() || (error.code() == Some(Code::DeadlineExceeded) && is_near);
     // A reset stream was answered, in a way; only a broken connection says that the runtime is not there.
     let broken = matches!(&error.kind, ErrorKind::Broken(cause) if !cause.as_ref().is_some_and(h2::Error::is_reset));
     let lost = broken || matches!(error.kind, ErrorKind::Connect(_)) || error.code() == Some(Code::Unavailable);

@@ -293,7 +293,16 @@ fn check_head(status: http::StatusCode, headers: &HeaderMap) -> Result<Option<Er
         return Ok(Some(error));
     }
     if status != http::StatusCode::OK {
-        return Err(CallError::rule("HTTP status is not 200"));
+        // Whatever answered is no gRPC server, but may stand before one (gRPC, "HTTP to gRPC Status Code Mapping").
+        let code = match status.as_u16() {
+            400 => Code::Internal,
+            401 => Code::Unauthenticated,
+            403 => Code::PermissionDenied,
+            404 => Code::Unimplemented,
+            429 | 502..=504 => Code::Unavailable,
+            _ => Code::Unknown,
+        };
+        return Ok(Some(ErrorKind::Status(Status { code, message: format!("HTTP status {}", status.as_u16()) })));
     }
     let grpc = headers.get("content-type").is_some_and(|v| v.as_bytes().starts_with(b"application/grpc"));
     if grpc { Ok(None) } else { Err(CallError::rule("content-type is not application/grpc")) }

@@ -22,13 +22,21 @@ pub fn encode(message: &[u8]) -> Result<Bytes, ErrorKind> {
 const PREFIX_BYTES: usize = 5;
 
 /// Takes messages out of the bytes of a stream. Holds no more than arrived, and never more than one message over the limit.
+///
+/// Invariant: `begin <= bytes.len()`; what was taken is moved out of the way only when more arrives, so that many small messages in
+/// one piece cost no more than their bytes.
 #[derive(Debug, Default)]
-pub struct Decoder(Vec<u8>);
+pub struct Decoder {
+    bytes: Vec<u8>,
+    begin: usize,
+}
 
 impl Decoder {
     /// Adds what arrived.
     pub fn push(&mut self, bytes: &[u8]) {
-        self.0.extend_from_slice(bytes);
+        self.bytes.drain(..self.begin);
+        self.begin = 0;
+        self.bytes.extend_from_slice(bytes);
     }
 
     /// Takes the next complete message; `None` until it is complete.
@@ -37,7 +45,8 @@ impl Decoder {
     /// [`ErrorKind::TooLarge`] as soon as the prefix says so, [`ErrorKind::Protocol`] for a compressed message: we never said
     /// that we accept any compression.
     pub fn take(&mut self) -> Result<Option<Vec<u8>>, ErrorKind> {
-        let Some((prefix, rest)) = self.0.split_first_chunk::<PREFIX_BYTES>() else { return Ok(None) };
+        let waiting = self.bytes.get(self.begin..).unwrap_or_default();
+        let Some((prefix, rest)) = waiting.split_first_chunk::<PREFIX_BYTES>() else { return Ok(None) };
         let [flags, a, b, c, d] = *prefix;
         if flags != 0 {
             return Err(ErrorKind::Protocol("a compressed message that nobody asked for"));
@@ -46,18 +55,15 @@ impl Decoder {
         if length > limits::GRPC_MESSAGE_BYTES_MAX {
             return Err(ErrorKind::TooLarge { bytes: length as u64 });
         }
-        if rest.len() < length {
-            return Ok(None);
-        }
-        let after = self.0.split_off(PREFIX_BYTES.saturating_add(length));
-        let mut message = std::mem::replace(&mut self.0, after);
-        message.drain(..PREFIX_BYTES);
+        let Some(message) = rest.get(..length) else { return Ok(None) };
+        let message = message.to_vec();
+        self.begin = self.begin.saturating_add(PREFIX_BYTES).saturating_add(length);
         Ok(Some(message))
     }
 
     /// Whether nothing waits.
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.begin >= self.bytes.len()
     }
 }
 

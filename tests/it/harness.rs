@@ -1,0 +1,127 @@
+//! What all tests here share: real daemons as child processes, clients that send exactly what they are told, and a look for
+//! anything left behind at the end of each test.
+//!
+//! A [`Place`] is a runtime and a directory: the simulator, or a real one (`KAKURI_LAB`). An [`Agent`] and a [`Plane`] are daemons
+//! in it. Each ends with its scope: workloads are deleted, threads and descriptors counted, the daemon is stopped and its exit code
+//! looked at, and the runtime must have nothing of ours. A test that fails keeps its directory and shows the daemons' logs.
+//!
+//! Invariant: a daemon never outlives its test: its stdin is a pipe the test holds, and it runs with `--until-eof`.
+//! Invariant: nothing waits a fixed time for something to happen; [`eventually`] is the only wait.
+
+pub mod agent;
+pub mod daemon;
+pub mod http;
+pub mod line;
+pub mod place;
+pub mod plane;
+
+pub use agent::{Agent, expect_error, expect_status};
+pub use http::Http;
+pub use line::Line;
+pub use place::Place;
+pub use plane::Plane;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use kakuri::deadline::Deadline;
+use kakuri::report::clip;
+
+/// Long enough for anything that should happen at once, on a machine that is busy with other tests.
+pub const SOON_MS: u64 = 20_000;
+
+/// Runs each scenario on the simulator (`sim::`), and on a real runtime where there is one (`lab::`).
+#[macro_export]
+macro_rules! scenarios {
+    ($($name:ident)+) => {
+        mod sim {
+            $(#[test] fn $name() { super::$name(&$crate::harness::Place::sim(&[])); })+
+        }
+        mod lab {
+            $(#[test] fn $name() { $crate::harness::Place::with_lab(super::$name); })+
+        }
+    };
+}
+
+/// Asks until there is an answer.
+pub fn eventually<T>(what: &str, ms: u64, look: impl FnMut() -> Option<T>) -> T {
+    within(ms, look).unwrap_or_else(|| panic!("{what}: not within {ms} ms"))
+}
+
+/// Asks until there is an answer, or the time is over.
+pub fn within<T>(ms: u64, mut look: impl FnMut() -> Option<T>) -> Option<T> {
+    let deadline = Deadline::within_ms(ms, "eventually");
+    loop {
+        match look() {
+            None if deadline.left().is_ok() => thread::sleep(Duration::from_millis(5)),
+            found => return found,
+        }
+    }
+}
+
+/// Asks until the answer is yes.
+pub fn until(what: &str, mut is_so: impl FnMut() -> bool) {
+    eventually(what, SOON_MS, || is_so().then_some(()));
+}
+
+/// A number no other test has.
+pub fn unique() -> String {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    format!("{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
+}
+
+/// A directory of one test: gone when the test was good, kept and shown when not.
+pub struct Dir(PathBuf);
+
+impl Dir {
+    /// A new one. Its name is short, because Unix sockets live in it.
+    pub fn new() -> Self {
+        let path = std::env::temp_dir().join(format!("kt-{}", unique()));
+        fs::create_dir(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        Self(path)
+    }
+
+    /// A path in it.
+    pub fn join(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+
+    /// Writes a file of it.
+    pub fn write(&self, name: &str, text: &str) -> PathBuf {
+        let path = self.join(name);
+        fs::write(&path, text).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        path
+    }
+}
+
+impl Drop for Dir {
+    fn drop(&mut self) {
+        if !thread::panicking() {
+            fs::remove_dir_all(&self.0).unwrap_or_else(|error| panic!("{}: {error}", self.0.display()));
+            return;
+        }
+        println!("\nevidence is kept in {}", self.0.display());
+        let logs = fs::read_dir(&self.0).into_iter().flatten().flatten().map(|entry| entry.path());
+        let mut logs: Vec<PathBuf> = logs.filter(|path| path.extension().is_some_and(|e| e == "log")).collect();
+        logs.sort();
+        logs.iter().for_each(|path| show_end(path));
+    }
+}
+
+/// A value for the words of a panic: as much of it as one wants to read.
+pub fn brief(value: &impl std::fmt::Debug) -> String {
+    clip(format!("{value:?}"), 1500)
+}
+
+fn show_end(path: &Path) {
+    const LINES: usize = 40;
+    let text = fs::read_to_string(path).unwrap_or_default();
+    let lines: Vec<&str> = text.lines().collect();
+    println!("--- {} (the last {LINES} of {} lines)", path.display(), lines.len());
+    for line in lines.iter().skip(lines.len().saturating_sub(LINES)) {
+        println!("{}", clip((*line).to_owned(), 400));
+    }
+}

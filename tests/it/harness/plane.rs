@@ -1,0 +1,164 @@
+//! A control plane under test.
+
+use std::net::SocketAddr;
+use std::thread;
+
+use kakuri::net::Address;
+use serde_json::Value;
+
+use super::agent::address_of;
+use super::daemon::{Daemon, PLANE};
+use super::http::{Answer, Http};
+use super::{Agent, Place, SOON_MS, eventually, until};
+
+/// A running control plane.
+pub struct Plane<'a> {
+    place: &'a Place,
+    daemon: Option<Daemon>,
+    /// Where it listens.
+    pub address: SocketAddr,
+    flags: Vec<String>,
+    /// Threads and descriptors when all nodes were ready and nobody was connected.
+    idle: Option<[usize; 2]>,
+}
+
+impl<'a> Plane<'a> {
+    /// Starts one that has these agents for nodes, and waits until it knows them.
+    pub fn start(place: &'a Place, agents: &[&Agent<'_>], flags: &[&str]) -> Self {
+        let mut plane = Self::start_now(place, agents, flags);
+        until("all nodes are ready", || {
+            plane.get("/nodes").json()["items"].as_array().is_some_and(|all| all.iter().all(|n| n["ready"] == true))
+        });
+        until("connections end", || plane.connections() == 0);
+        plane.idle = Some(plane.size());
+        plane
+    }
+
+    /// Starts one that may not know them yet.
+    pub fn start_now(place: &'a Place, agents: &[&Agent<'_>], flags: &[&str]) -> Self {
+        let data = place.dir.join("plane").display().to_string();
+        let mut all = vec!["--listen".to_owned(), "127.0.0.1:0".into(), "--data-dir".into(), data, "--log-level".into(), "debug".into()];
+        all.extend(agents.iter().flat_map(|agent| ["--node".to_owned(), format!("{}={}", agent.node, agent.address)]));
+        all.extend(flags.iter().map(|flag| (*flag).to_owned()));
+        let (daemon, lines) = Daemon::start(PLANE, "plane", &place.dir.join(""), &all);
+        let address = match lines.first().and_then(|line| address_of(line)) {
+            Some(Address::Tcp(address)) => address,
+            other => panic!("{other:?}"),
+        };
+        Self { place, daemon: Some(daemon), address, flags: all, idle: None }
+    }
+
+    /// The daemon itself.
+    pub fn daemon(&mut self) -> &mut Daemon {
+        self.daemon.as_mut().expect("it runs")
+    }
+
+    /// A connection of its own.
+    pub fn http(&self) -> Http {
+        Http::connect(self.address)
+    }
+
+    /// As a flag of the command line.
+    pub fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// One request on a connection of its own.
+    pub fn ask(&self, method: &str, target: &str, body: Option<&Value>) -> Answer {
+        let body = body.map(ToString::to_string).unwrap_or_default();
+        self.http().ask(method, target, &["Connection: close", "Content-Type: application/json"], body.as_bytes())
+    }
+
+    pub fn get(&self, target: &str) -> Answer {
+        self.ask("GET", target, None)
+    }
+
+    pub fn post(&self, target: &str, body: &Value) -> Answer {
+        self.ask("POST", target, Some(body))
+    }
+
+    /// Posts a workload, which must be accepted, and waits until it left Pending.
+    #[track_caller]
+    pub fn run(&self, workload: &Value) -> Value {
+        let answer = self.post(&format!("/workloads?wait_ms={SOON_MS}"), workload);
+        assert_eq!(answer.status, 201, "{}", answer.text());
+        answer.json()
+    }
+
+    /// A workload, which must be known.
+    #[track_caller]
+    pub fn workload(&self, id: &str) -> Value {
+        let answer = self.get(&format!("/workloads/{id}"));
+        assert_eq!(answer.status, 200, "{}", answer.text());
+        answer.json()
+    }
+
+    /// A workload when it ended.
+    #[track_caller]
+    pub fn ended(&self, id: &str) -> Value {
+        let workload = self.get(&format!("/workloads/{id}?for=terminal&wait_ms={SOON_MS}")).json();
+        assert!(workload["state"] == "Succeeded" || workload["state"] == "Failed", "{workload}");
+        workload
+    }
+
+    /// Deletes a workload and waits until it is gone.
+    #[track_caller]
+    pub fn delete(&self, id: &str) {
+        assert_eq!(self.ask("DELETE", &format!("/workloads/{id}"), None).status, 202);
+        until("it is gone", || self.get(&format!("/workloads/{id}")).status == 404);
+    }
+
+    /// kill -9. [`Plane::again`] brings it back.
+    pub fn kill(&mut self) {
+        self.daemon.take().expect("it runs").kill();
+    }
+
+    /// SIGTERM; it must end with 0, in the time that a drain takes.
+    pub fn terminate(&mut self) {
+        let mut daemon = self.daemon.take().expect("it runs");
+        daemon.signal("TERM");
+        assert_eq!(daemon.wait(kakuri::limits::DRAIN_MS + 5000).code(), Some(0), "the control plane's exit code after SIGTERM");
+    }
+
+    /// Starts it again where it was.
+    pub fn again(&mut self) {
+        assert!(self.daemon.is_none(), "it still runs");
+        let at = self.flags.iter().position(|flag| flag == "--listen").expect("a usual flag");
+        self.flags[at + 1] = self.address.to_string();
+        self.daemon = Some(Daemon::start(PLANE, "plane", &self.place.dir.join(""), &self.flags).0);
+    }
+
+    /// How many connections it serves now.
+    pub fn connections(&self) -> usize {
+        let threads = self.daemon.as_ref().map(Daemon::threads).unwrap_or_default();
+        threads.iter().filter(|name| name.strip_prefix("http-").is_some_and(|n| n.parse::<u64>().is_ok())).count()
+    }
+
+    fn size(&self) -> [usize; 2] {
+        let daemon = self.daemon.as_ref().expect("it runs");
+        [daemon.threads().len(), daemon.descriptors().len()]
+    }
+}
+
+impl Drop for Plane<'_> {
+    /// The leak check, and the end.
+    fn drop(&mut self) {
+        if thread::panicking() || self.daemon.is_none() {
+            return;
+        }
+        let listed = self.get("/workloads?limit=500").json();
+        for item in listed["items"].as_array().expect("items") {
+            self.delete(item["id"].as_str().expect("an id"));
+        }
+        until("connections end", || self.connections() == 0);
+        if let Some([threads, descriptors]) = self.idle {
+            // Idle connections to agents are kept, up to a limit.
+            let descriptors = descriptors + kakuri::limits::NODE_POOL_MAX;
+            eventually("the control plane is as small as when it was idle", SOON_MS, || {
+                let size = self.size();
+                (size[0] <= threads && size[1] <= descriptors).then_some(())
+            });
+        }
+        assert_eq!(self.daemon().stop(), Some(0), "the control plane's exit code");
+    }
+}

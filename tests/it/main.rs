@@ -1,0 +1,16 @@
+//! The whole: real daemons and real sockets, on the simulator and, where there is one, on a real runtime.
+
+#![allow(clippy::print_stdout)] // What is skipped, and the evidence of a failure, is said to whoever runs the tests.
+#![allow(unreachable_pub)] // Nothing is reachable from outside a test.
+
+#[macro_use]
+mod harness;
+
+mod agent;
+mod api;
+mod bad_input;
+mod cli;
+mod faults;
+mod isolation;
+mod recovery;
+mod torture;
