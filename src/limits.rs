@@ -191,8 +191,8 @@ pub const EXEC_MS_DEFAULT: u64 = 30_000;
 pub const EXEC_OUTPUT_BYTES_MAX: usize = 256 * 1024;
 /// Between two heartbeats on a `Watch`.
 pub const HEARTBEAT_MS: u64 = 10_000;
-/// The same for a client that closed its side: it may be gone.
-pub const HEARTBEAT_HALF_CLOSED_MS: u64 = 1000;
+/// The same, twice, for a client that closed its side: it may be gone.
+pub const HEARTBEAT_HALF_CLOSED_MS: u64 = 200;
 /// Events a `Watch` may be behind before it is cut off.
 pub const WATCH_EVENTS_MAX: usize = 1024;
 /// Watches at a time.

@@ -48,7 +48,7 @@ pub fn serve(agent: &Agent, mut stream: Stream, stopping: &AtomicBool) {
             Err(error) => return refuse_line(&mut stream, &error),
         };
         let Received { seq, id, request } = line;
-        let mut client = Client { stream: &mut stream, lines: &mut lines, seq, stopping: &agent.stopping };
+        let mut client = Client { stream: &mut stream, lines: &mut lines, seq, stopping: &agent.stopping, probes: 0 };
         let result = match request {
             Ok(request) => handle(agent, request, &mut client),
             Err(problems) => client.send(&invalid(&problems, id)),
@@ -99,6 +99,8 @@ struct Client<'a> {
     lines: &'a mut LineReader,
     seq: Option<Value>,
     stopping: &'a AtomicBool,
+    /// Heartbeats sent to see whether it is still there.
+    probes: u32,
 }
 
 impl Client<'_> {
@@ -111,12 +113,18 @@ impl Client<'_> {
         self.stopping.load(Ordering::SeqCst)
     }
 
-    /// How long an answer that goes on may be silent. A client that ended its side may only be listening (`nc -N`), or gone: which of
-    /// the two, only writing to it tells, so that is done more often.
-    fn silence_ms_max(&mut self) -> u64 {
-        if self.lines.is_closed(self.stream) { limits::HEARTBEAT_HALF_CLOSED_MS } else { limits::HEARTBEAT_MS }
+    /// Whether an answer that goes on was silent for too long. A client that ended its side may only be listening (`nc -N`), or gone:
+    /// two writes tell which, for the first of them is answered with a reset.
+    fn is_heartbeat_due(&mut self, quiet: &Stopwatch) -> bool {
+        let is_due =
+            self.probes < HALF_CLOSED_PROBES && quiet.elapsed_ms() >= limits::HEARTBEAT_HALF_CLOSED_MS && self.lines.is_closed(self.stream);
+        self.probes += u32::from(is_due);
+        is_due || quiet.elapsed_ms() >= limits::HEARTBEAT_MS
     }
 }
+
+/// Heartbeats for a client that ended its side; one that is still there after them is waited for as any other.
+const HALF_CLOSED_PROBES: u32 = 2;
 
 fn handle(agent: &Agent, request: Request, client: &mut Client<'_>) -> Result<(), Hangup> {
     let reply = match request {
@@ -355,7 +363,7 @@ fn logs(agent: &Agent, request: &LogRequest, client: &mut Client<'_>) -> Result<
         if client.is_stopping() {
             return Err(Hangup);
         }
-        if quiet.elapsed_ms() >= client.silence_ms_max() {
+        if client.is_heartbeat_due(&quiet) {
             // Also how a client that left is noticed.
             client.send(&heartbeat(agent))?;
             quiet = Stopwatch::start();
@@ -398,7 +406,7 @@ fn watch(agent: &Agent, client: &mut Client<'_>) -> Result<(), Hangup> {
                 client.send(&Reply::Event((*event).clone()))?;
                 quiet = Stopwatch::start();
             }
-            Err(RecvTimeoutError::Timeout) if quiet.elapsed_ms() >= client.silence_ms_max() => {
+            Err(RecvTimeoutError::Timeout) if client.is_heartbeat_due(&quiet) => {
                 client.send(&heartbeat(agent))?;
                 quiet = Stopwatch::start();
             }

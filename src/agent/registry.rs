@@ -1,7 +1,7 @@
 //! What this agent knows: every workload, its state, what is wanted of it and who is at work on it.
 //!
 //! All changes go through here, under one lock and without I/O; work in flight is a ticket, and each workload has at most one.
-//! Whatever a workload needs done next is derived from its entry ([`Entry::chore`]), never remembered elsewhere, so that a lost
+//! Whatever a workload needs done next is derived from its entry (`Entry::chore`), never remembered elsewhere, so that a lost
 //! wake-up costs time, not work.
 //!
 //! Invariant: `entries.len() <= AGENT_WORKLOADS_MAX`.

@@ -436,11 +436,13 @@ impl Default for Chunks {
 const CHUNK_DIGITS_MAX: usize = 16;
 const CRLF_BYTES: usize = 2;
 
-/// Takes the first line off `rest`, CRLF and all; `None` when its end is still to come, `over` when that is too far off.
+/// Takes the first line off `rest`, CRLF and all; `None` when its end is still to come, `over` when that is too far off, whether it
+/// came already or not.
 fn line<'a>(rest: &mut &'a [u8], bytes_max: usize, over: Reject) -> Result<Option<&'a [u8]>, Reject> {
     match rest.iter().position(|b| *b == b'\n') {
         None if rest.len() > bytes_max.saturating_add(CRLF_BYTES) => Err(over),
         None => Ok(None),
+        Some(at) if at > bytes_max.saturating_add(CRLF_BYTES) => Err(over),
         Some(at) => {
             let (line, after) = rest.split_at(at);
             *rest = after.strip_prefix(b"\n").unwrap_or(after);

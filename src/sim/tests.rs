@@ -203,7 +203,9 @@ fn answers_that_are_none_are_named_so() {
     };
     check("no-status", "no grpc-status");
     check("compressed", "compressed");
-    check("http=503", "HTTP status");
+    let rig = Rig::start(&["Version:http=503*1"]);
+    let error = rig.version(VERSION_ONCE).expect_err("no gRPC server");
+    assert_eq!(error.code(), Some(Code::Unavailable), "{error}");
     let rig = Rig::start(&["Version:malformed"]);
     let answer = rig.channel.unary(VERSION, &[], soon()).expect("bytes");
     assert!(p::VersionResponse::decode(answer.as_slice()).is_err());

@@ -248,7 +248,10 @@ fn namespaces() -> proto::NamespaceOption {
 
 /// A workload that does nothing for ten minutes, and ends at once when told.
 pub(crate) fn workload(id: &str, class: &str, image: &str, memory_mb: u64) -> Value {
-    json!({"id": id, "image": image, "runtime_class": class, "memory_mb": memory_mb, "cpu_millicores": 500, "command": COMMAND, "stop_grace_ms": 0})
+    json!({
+        "id": id, "image": image, "runtime_class": class, "memory_mb": memory_mb, "cpu_millicores": 500, "command": COMMAND,
+        "stop_grace_ms": 0,
+    })
 }
 
 /// Deletes a workload and waits until it is gone.

@@ -273,10 +273,12 @@ fn a_watch_sees_every_change(place: &Place) {
     let mut seen = Vec::new();
     while seen.last().is_none_or(|(kind, _)| *kind != EventKind::Deleted) {
         let (revision, kind, id, state) = next(&mut watch);
-        assert_eq!(id, "new");
         assert!(revision > last, "{revision} after {last}");
         last = revision;
-        seen.push((kind, state));
+        // The other is probed meanwhile, where its class has a kernel of its own.
+        if id == "new" {
+            seen.push((kind, state));
+        }
     }
     assert_eq!(seen.first(), Some(&(EventKind::Added, State::Pending)));
     let states: Vec<State> = seen.iter().map(|(_, state)| *state).collect();

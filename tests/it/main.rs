@@ -4,6 +4,7 @@
 #![allow(unreachable_pub)] // Nothing is reachable from outside a test.
 
 #[macro_use]
+#[allow(dead_code)] // A vocabulary: what kills and restarts a control plane is there for the tests of a store that remembers.
 mod harness;
 
 mod agent;
@@ -12,5 +13,6 @@ mod bad_input;
 mod cli;
 mod faults;
 mod isolation;
+mod lab;
 mod recovery;
 mod torture;

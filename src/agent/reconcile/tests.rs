@@ -56,7 +56,7 @@ fn what_runs_as_known_is_confirmed() {
 #[test]
 fn what_ended_is_asked_for_and_what_is_gone_has_vanished() {
     let ask = Action::Ask { id: id(), version: 7, container_id: "c".into() };
-    check(&[known(State::Running, 0, true)], &[seen(0, EXITED)], false, &[ask.clone()]);
+    check(&[known(State::Running, 0, true)], &[seen(0, EXITED)], false, std::slice::from_ref(&ask));
     check(&[known(State::Running, 0, true)], &[seen(0, None)], false, &[ask]);
     check(&[known(State::Running, 0, true)], &[], false, &[Action::Vanished { id: id(), version: 7 }]);
 }
@@ -65,9 +65,10 @@ fn what_ended_is_asked_for_and_what_is_gone_has_vanished() {
 fn nothing_is_concluded_of_what_somebody_works_on() {
     for state in [State::Pending, State::Running] {
         let busy = Known { is_busy: true, ..known(state, 0, state == State::Running) };
-        check(&[busy.clone()], &[], false, &[]);
-        check(&[busy.clone()], &[seen(0, CREATED)], false, &[]);
-        check(&[busy], &[seen(0, EXITED)], true, &[]);
+        let busy = [busy];
+        check(&busy, &[], false, &[]);
+        check(&busy, &[seen(0, CREATED)], false, &[]);
+        check(&busy, &[seen(0, EXITED)], true, &[]);
     }
 }
 
@@ -98,10 +99,10 @@ fn what_an_entry_owns_is_not_judged_by_what_else_has_its_name() {
 
 #[test]
 fn what_may_belong_to_a_start_in_flight_is_left_alone_and_strangers_are_not() {
-    let busy = Known { is_busy: true, ..known(State::Pending, 0, false) };
-    check(&[busy.clone()], &[seen(0, CREATED)], false, &[]);
-    let stranger = Seen { uid: "another".into(), ..seen(3, RUNNING) };
-    check(&[busy], &[stranger.clone()], false, &[Action::Sweep(stranger)]);
+    let busy = [Known { is_busy: true, ..known(State::Pending, 0, false) }];
+    check(&busy, &[seen(0, CREATED)], false, &[]);
+    let stranger = || Seen { uid: "another".into(), ..seen(3, RUNNING) };
+    check(&busy, &[stranger()], false, &[Action::Sweep(stranger())]);
 }
 
 #[test]

@@ -23,6 +23,7 @@ fn id() -> WorkloadId {
     WorkloadId::new("wl-1").expect("valid")
 }
 
+#[allow(clippy::needless_pass_by_value)] // So that a test can write json!({..}) in place.
 fn workload(fields: serde_json::Value) -> Workload {
     let mut value = json!({"id": "wl-1", "image": "busybox", "runtime_class": "gvisor"});
     value.as_object_mut().expect("an object").extend(fields.as_object().expect("an object").clone());
