@@ -1,6 +1,7 @@
 //! The whole: real daemons and real sockets, on the simulator and, where there is one, on a real runtime.
 
 #![allow(clippy::print_stdout)] // What is skipped, and the evidence of a failure, is said to whoever runs the tests.
+#![allow(clippy::cloned_ref_to_slice_refs)] // A list of one is compared with a list.
 #![allow(unreachable_pub)] // Nothing is reachable from outside a test.
 
 #[macro_use]

@@ -265,7 +265,7 @@ fn an_http_head_is_the_same_however_it_comes() {
             Ok(Some((used, head))) => assert_eq!(whole, Ok(Some((used, head))), "at {at}"),
             // Or it is not complete as a whole either, and will be refused when it is.
             Err(_) => {
-                assert!(!matches!(whole, Ok(Some(_))), "refused at {at}, taken as a whole: {}", brief(&String::from_utf8_lossy(bytes)))
+                assert!(!matches!(whole, Ok(Some(_))), "refused at {at}, taken as a whole: {}", brief(&String::from_utf8_lossy(bytes)));
             }
         }
     });
