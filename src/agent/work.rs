@@ -3,6 +3,7 @@
 //! Invariant: no registry lock is held while a worker speaks to the runtime or touches the disk.
 
 use std::fs::{self, DirBuilder};
+use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
@@ -37,8 +38,7 @@ fn start_ticket(agent: &Agent, ticket: &StartTicket<'_>) -> Result<(Started, boo
         return Err(refused(Reason::HandlerUnavailable, format!("the runtime does not list the handler {:?}", class.handler)));
     }
     let log_dir = agent.log_dir(&workload.id);
-    let made = DirBuilder::new().recursive(true).mode(0o700).create(&log_dir);
-    made.map_err(|e| refused(Reason::CreateFailed, format!("cannot make the log directory: {e}")))?;
+    make_log_dir(agent, &workload.id).map_err(|e| refused(Reason::CreateFailed, format!("cannot make the log directory: {e}")))?;
     let auth = registry_auth(agent, workload).map_err(|message| refused(Reason::ImagePullFailed, message))?;
     let order = Order {
         annotation: annotation(workload),
@@ -100,7 +100,8 @@ fn registry_auth(agent: &Agent, workload: &Workload) -> Result<Option<AuthConfig
         username: c.username,
         password: c.password,
         identity_token: c.identity_token,
-        server_address: registry.to_owned(),
+        // containerd compares the host of a URL.
+        server_address: format!("https://{registry}"),
         registry_token: String::new(),
     }))
 }
@@ -138,10 +139,8 @@ fn end_ticket(agent: &Agent, ticket: &EndTicket<'_>) -> Result<EndStep, String> 
             if let Some(sandbox_id) = &ticket.sandbox_id {
                 runtime::remove_sandbox(client, sandbox_id, deadline).map_err(|e| words(&e))?;
             }
-            match fs::remove_dir_all(agent.log_dir(ticket.id())) {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(format!("cannot remove the logs: {error}")),
-                Ok(()) | Err(_) => Ok(EndStep::Removed),
-            }
+            let removed = remove_log_dir(agent, &agent.log_dir(ticket.id()));
+            removed.map(|()| EndStep::Removed).map_err(|error| format!("cannot remove the logs: {error}"))
         }
         // The queue of ends holds no starts.
         Chore::Start => Err("not an end".into()),
@@ -191,11 +190,40 @@ pub fn remove_stray_logs(agent: &Agent) {
     }
     for entry in fs::read_dir(agent.logs_dir()).into_iter().flatten().flatten() {
         let id = entry.file_name().to_str().and_then(|name| WorkloadId::new(name).ok());
-        // What has no id for a name is not ours.
         if id.is_some_and(|id| !agent.registry.contains(&id)) {
-            let _ = fs::remove_dir_all(entry.path()); // Tried again with the next sweep.
+            let _ = remove_log_dir(agent, &entry.path()); // Tried again with the next sweep.
         }
     }
+}
+
+/// The file that marks a log directory as this node's. Logs commonly live among those of others, whose directories have names like
+/// those of workloads.
+fn mark(agent: &Agent) -> String {
+    format!(".kakuri-{}", agent.registry.node())
+}
+
+/// Makes the directory of a workload's logs, with its mark in it from its first moment. One that is there without it is not ours.
+fn make_log_dir(agent: &Agent, id: &WorkloadId) -> io::Result<()> {
+    let dir = agent.log_dir(id);
+    if dir.join(mark(agent)).exists() {
+        return Ok(());
+    }
+    let hidden = agent.logs_dir().join(format!(".{id}.new"));
+    match fs::remove_dir_all(&hidden) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        Ok(()) | Err(_) => {}
+    }
+    DirBuilder::new().recursive(true).mode(0o700).create(&hidden)?;
+    fs::write(hidden.join(mark(agent)), "")?;
+    fs::rename(&hidden, &dir)
+}
+
+/// Removes a log directory, if it is ours; gone already is done.
+fn remove_log_dir(agent: &Agent, dir: &Path) -> io::Result<()> {
+    if !dir.join(mark(agent)).exists() {
+        return Ok(());
+    }
+    fs::remove_dir_all(dir)
 }
 
 /// Asks a guest for its kernel.

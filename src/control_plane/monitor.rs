@@ -125,7 +125,11 @@ fn watch(plane: &Plane, node: &Node, was_watched: &mut bool) -> Result<(), Error
     let mut replies = node.client.stream(&Request::Watch, Deadline::within_ms(limits::NODE_REQUEST_MS_MAX, "Watch"))?;
     plane.nudge_all_on(&node.name);
     let silence = || Deadline::within_ms(limits::WATCH_SILENCE_MS_MAX, "watch");
-    let heartbeat = || Deadline::within_ms(limits::HEARTBEAT_MS, "heartbeat");
+    // A node that is not ready is asked again soon: it may have begun a moment ago.
+    let heartbeat = || {
+        let ms = if node.view().trouble.is_none() { limits::HEARTBEAT_MS } else { limits::NODE_WAIT_SLICE_MS };
+        Deadline::within_ms(ms, "heartbeat")
+    };
     let (mut silent, mut next_ask) = (silence(), heartbeat());
     let mut listed = Some(HashSet::new());
     loop {
