@@ -63,6 +63,11 @@ impl Error {
         self.status().map(|s| s.code)
     }
 
+    /// Whether the server reset the stream, which is an answer in a way: it is there, and said no.
+    pub fn is_reset(&self) -> bool {
+        matches!(&self.kind, ErrorKind::Broken(Some(cause)) if cause.is_reset())
+    }
+
     /// Whether it is unknown if the call took effect: it may have reached the server, and no answer came.
     pub fn is_in_doubt(&self) -> bool {
         match &self.kind {

@@ -339,7 +339,7 @@ fn failure(error: &grpc::Error, reason: Reason, deadline: Deadline) -> StartErro
     let is_near = deadline.left().is_ok_and(|left| left.as_millis() < 1000);
     let expired = deadline.left().is_err() || (error.code() == Some(Code::DeadlineExceeded) && is_near);
     // A reset stream was answered, in a way; only a broken connection says that the runtime is not there.
-    let broken = matches!(&error.kind, ErrorKind::Broken(cause) if !cause.as_ref().is_some_and(h2::Error::is_reset));
+    let broken = matches!(error.kind, ErrorKind::Broken(_)) && !error.is_reset();
     let lost = broken || matches!(error.kind, ErrorKind::Connect(_)) || error.code() == Some(Code::Unavailable);
     let reason = match reason {
         _ if expired => Reason::StartDeadlineExceeded,

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::thread;
 
-use super::{SOON_MS, eventually};
+use super::{SOON_MS, eventually, within};
 
 /// The programs under test.
 pub const AGENT: &str = env!("CARGO_BIN_EXE_kakuri-agent");
@@ -119,8 +119,12 @@ impl Drop for Daemon {
             return;
         }
         if thread::panicking() {
-            let _ = self.child.kill(); // The test failed already; all that counts is that nothing stays.
-            let _ = self.child.wait();
+            // The test failed already; all that counts is that nothing stays, children of a child included.
+            self.stdin = None;
+            if within(2000, || self.try_wait()).is_none() {
+                let _ = self.child.kill();
+                let _ = self.child.wait();
+            }
             return;
         }
         let code = self.stop();

@@ -93,7 +93,7 @@ impl Place {
         }
         all.extend(args.iter().map(|arg| (*arg).to_owned()));
         let runtime = Runtime::Sim(RefCell::default(), all);
-        let place = Self { runtime, node: format!("n-{}", unique()), class: "native", endpoint, fault_files: Cell::new(0), dir };
+        let place = Self { runtime, node: node_name(), class: "native", endpoint, fault_files: Cell::new(0), dir };
         place.start_sim();
         place
     }
@@ -120,8 +120,7 @@ impl Place {
             println!("SKIPPED lab: set KAKURI_LAB=unix:///PATH of a CRI runtime with {IMAGE}, as scripts/test does");
             return;
         };
-        let node = format!("n-{}", unique());
-        scenario(&Self { runtime: Runtime::Lab(lab), node, class, endpoint, fault_files: Cell::new(0), dir: Dir::new() });
+        scenario(&Self { runtime: Runtime::Lab(lab), node: node_name(), class, endpoint, fault_files: Cell::new(0), dir: Dir::new() });
     }
 
     /// The real runtime's own things; none on the simulator.
@@ -218,6 +217,18 @@ impl Place {
         self.cri().list_containers(filter, soon()).expect("a list")
     }
 
+    /// Removes every sandbox of this place's nodes, as far as the runtime obeys.
+    fn remove_all(&self) {
+        let cri = self.cri();
+        for sandbox in cri.list_pod_sandbox(PodSandboxFilter::default(), soon()).unwrap_or_default() {
+            if sandbox.labels.get(LABEL_NODE).is_some_and(|node| node.starts_with(&self.node)) {
+                let _ = cri.stop_pod_sandbox(&sandbox.id, soon()); // Whatever it says, removing is tried.
+                let removed = cri.remove_pod_sandbox(&sandbox.id, soon());
+                println!("removed sandbox {} of the failed test: {removed:?}", sandbox.id);
+            }
+        }
+    }
+
     /// An agent of this runtime that is ready for work.
     pub fn agent(&self, flags: &[&str]) -> Agent<'_> {
         let mut agent = self.agent_now(flags);
@@ -256,6 +267,11 @@ impl Place {
     }
 }
 
+/// A node's name that no other test has, and that begins no other.
+fn node_name() -> String {
+    format!("n-{}-x", unique())
+}
+
 fn of_node(node: &str) -> BTreeMap<String, String> {
     BTreeMap::from([(LABEL_NODE.to_owned(), node.to_owned())])
 }
@@ -276,6 +292,10 @@ pub fn soon() -> Deadline {
 impl Drop for Place {
     fn drop(&mut self) {
         if thread::panicking() {
+            // What a failed test made must not stay in a lab that others use.
+            if self.lab().is_some() {
+                self.remove_all();
+            }
             return;
         }
         if let Runtime::Sim(slot, _) = &self.runtime {
