@@ -31,6 +31,7 @@ fn a_client_that_is_not_ours_understands_the_simulator() {
         .expect("it runs");
     let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{out}{err}");
-    let checks = out.trim().rsplit('\n').next().and_then(|last| last.strip_prefix("grpcio: ")?.strip_suffix(" checks passed")?.parse::<u32>().ok());
+    let checks =
+        out.trim().rsplit('\n').next().and_then(|last| last.strip_prefix("grpcio: ")?.strip_suffix(" checks passed")?.parse::<u32>().ok());
     assert!(checks.is_some_and(|checks| checks > 30), "{out}{err}");
 }

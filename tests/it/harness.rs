@@ -10,6 +10,7 @@
 
 pub mod agent;
 pub mod daemon;
+pub mod dice;
 pub mod http;
 pub mod line;
 pub mod place;

@@ -18,5 +18,6 @@ mod grpcio;
 mod isolation;
 mod lab;
 mod recovery;
+mod storm;
 mod tidy;
 mod torture;

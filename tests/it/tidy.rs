@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use kakuri::limits;
 use serde_json::json;
@@ -22,7 +22,7 @@ const ARROWS: [(&str, &[&str]); 18] = [
     ("net", &["deadline", "limits", "report"]),
     ("http", &["deadline", "limits", "net", "report"]),
     ("grpc", &["deadline", "limits", "net", "report"]),
-    ("cri", &["deadline", "grpc", "limits", "report", "workload"]),
+    ("cri", &["deadline", "grpc", "limits", "net", "report", "workload"]),
     ("flags", &["workload"]),
     ("config", &["flags", "limits", "net", "report", "workload"]),
     ("daemon", &["limits", "net"]),
@@ -79,7 +79,7 @@ fn files(folder: &str) -> BTreeMap<String, String> {
     found
 }
 
-fn name_of(base: &Path, path: &PathBuf) -> String {
+fn name_of(base: &Path, path: &Path) -> String {
     path.strip_prefix(base).unwrap_or(path).display().to_string()
 }
 
@@ -135,7 +135,8 @@ fn arrows_point_where_the_house_says() {
 fn a_crate_has_one_door() {
     let manifest = fs::read_to_string(root().join("Cargo.toml")).expect("a manifest");
     let dependencies = manifest.split("[dependencies]").nth(1).and_then(|rest| rest.split("\n[").next()).expect("dependencies");
-    let names: BTreeSet<String> = dependencies.lines().filter_map(|line| line.split_once(" = ")).map(|(name, _)| name.replace('-', "_")).collect();
+    let names: BTreeSet<String> =
+        dependencies.lines().filter_map(|line| line.split_once(" = ")).map(|(name, _)| name.replace('-', "_")).collect();
     assert_eq!(names, DOORS.iter().map(|(name, _)| (*name).to_owned()).collect(), "a crate needs a door, and a door a crate");
     for line in dependencies.lines().filter(|line| line.contains(" = ")) {
         assert!(line.contains("default-features = false"), "{line}");
@@ -145,9 +146,13 @@ fn a_crate_has_one_door() {
             for (krate, doors) in DOORS {
                 let path = format!("{krate}::");
                 // `crate::http` is a room of ours, and a name in a longer path is not the crate either.
-                let at = line.match_indices(&path).find(|(at, _)| !line[..*at].ends_with(|c: char| c.is_alphanumeric() || c == '_' || c == ':'));
+                let at =
+                    line.match_indices(&path).find(|(at, _)| !line[..*at].ends_with(|c: char| c.is_alphanumeric() || c == '_' || c == ':'));
                 let is_ours = krate == "http" && !line.starts_with("use http::");
-                assert!(at.is_none() || is_ours || doors.iter().any(|door| name.starts_with(door)), "src/{name}: {krate} is not let in here: {line}");
+                assert!(
+                    at.is_none() || is_ours || doors.iter().any(|door| name.starts_with(door)),
+                    "src/{name}: {krate} is not let in here: {line}"
+                );
             }
         }
     }
@@ -159,7 +164,10 @@ fn what_an_outsider_can_fill_is_in_two_places() {
         let at_home = |homes: &[&str]| homes.iter().any(|home| name.starts_with(home));
         for line in code(&text) {
             assert!(!line.contains("Deserialize") || at_home(&["wire/", "config.rs"]), "src/{name}: {line}");
-            assert!(!line.contains("Instant::now(") && !line.contains("SystemTime::now(") || at_home(&["deadline.rs"]), "src/{name}: {line}");
+            assert!(
+                !line.contains("Instant::now(") && !line.contains("SystemTime::now(") || at_home(&["deadline.rs"]),
+                "src/{name}: {line}"
+            );
             assert!(!line.contains("to_socket_addrs") && !line.contains("ToSocketAddrs"), "src/{name}: nothing asks a resolver: {line}");
         }
     }
@@ -229,7 +237,10 @@ fn threads_are_those_of_the_readme() {
         // The first thread has the name of the program.
         let is_main = |thread: &String| program.starts_with(thread.as_str());
         for thread in &threads {
-            assert!(is_main(thread) || rows.iter().any(|row| is_named(thread, row)), "{program}: the README has no thread {thread:?}: {rows:?}");
+            assert!(
+                is_main(thread) || rows.iter().any(|row| is_named(thread, row)),
+                "{program}: the README has no thread {thread:?}: {rows:?}"
+            );
         }
         for row in rows.iter().filter(|row| *row != "main") {
             assert!(threads.iter().any(|thread| is_named(thread, row)), "{program}: no thread is called {row:?}: {threads:?}");
@@ -251,7 +262,8 @@ fn crates_are_those_of_the_readme() {
     let readme = readme();
     let section = readme.split("\n## Dependencies\n").nth(1).and_then(|rest| rest.split("\n## ").next()).expect("a section on crates");
     let first_cells = section.lines().filter_map(|line| line.strip_prefix("| ")?.split(" | ").next());
-    let named: BTreeSet<String> = first_cells.flat_map(|cell| cell.split('`').skip(1).step_by(2)).map(|name| name.replace('-', "_")).collect();
+    let named: BTreeSet<String> =
+        first_cells.flat_map(|cell| cell.split('`').skip(1).step_by(2)).map(|name| name.replace('-', "_")).collect();
     for (krate, _) in DOORS {
         assert!(named.contains(krate), "the README does not say what {krate} is for: {named:?}");
     }
