@@ -18,6 +18,5 @@ mod grpcio;
 mod isolation;
 mod lab;
 mod recovery;
-mod storm;
 mod tidy;
 mod torture;

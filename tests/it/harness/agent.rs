@@ -7,7 +7,7 @@ use std::thread;
 
 use kakuri::limits;
 use kakuri::net::Address;
-use kakuri::wire::agent::{ErrorReply, LogLine, Node, Object, Reply};
+use kakuri::wire::agent::{ErrorCode, ErrorReply, LogLine, Node, Object, Reply};
 use kakuri::wire::status::Status;
 use kakuri::workload::State;
 use serde_json::{Value, json};
@@ -257,7 +257,12 @@ impl Drop for Agent<'_> {
             return;
         }
         for object in self.list() {
-            self.delete(object.spec["id"].as_str().expect("an id"));
+            match self.ask(&json!({"type": "DeleteWorkload", "id": object.spec["id"]})) {
+                Reply::Deleted { .. } => {}
+                // Its deletion was under way.
+                Reply::Error(error) if error.code == ErrorCode::NotFound => {}
+                other => panic!("{}", brief(&other)),
+            }
         }
         self.line.take();
         until("nothing of the agent is left at the runtime", || self.place.is_clear_of(&self.node));

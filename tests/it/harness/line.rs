@@ -77,6 +77,11 @@ impl Line {
         Self(BufReader::new(Socket::connect(address).unwrap_or_else(|error| panic!("{address}: {error}"))))
     }
 
+    /// Connects to an agent that may not be there.
+    pub fn try_connect(address: &Address) -> io::Result<Self> {
+        Socket::connect(address).map(|socket| Self(BufReader::new(socket)))
+    }
+
     /// Sends these bytes.
     pub fn send(&mut self, bytes: &[u8]) {
         self.try_send(bytes).expect("the agent reads");
