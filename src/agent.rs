@@ -130,9 +130,12 @@ impl Agent {
         self.stop.recv_timeout(Duration::from_millis(ms)).is_err_and(|e| e.is_timeout())
     }
 
-    /// Where a workload's log files are.
-    pub fn log_dir(&self, id: &WorkloadId) -> PathBuf {
-        self.logs.join(id.as_str())
+    /// Where the log files of one acceptance of a workload are. The next of the same id has another place, so that whoever clears up
+    /// after this one cannot hit it.
+    pub fn log_dir(&self, id: &WorkloadId, uid: &str) -> PathBuf {
+        // A uid may come back from a label at the runtime.
+        let plain = uid.chars().filter(char::is_ascii_alphanumeric);
+        self.logs.join(format!("{id}.{}", plain.collect::<String>()))
     }
 
     /// Where all of them are.

@@ -335,10 +335,8 @@ fn exec_result(stdout: &[u8], stderr: &[u8], exit_code: i32) -> ExecResult {
 
 fn logs(agent: &Agent, request: &LogRequest, client: &mut Client<'_>) -> Result<(), Hangup> {
     let id = &request.id;
-    if !agent.registry.contains(id) {
-        return client.send(&not_found(agent, id));
-    }
-    let mut reader = LogReader::new(agent.log_dir(id), request);
+    let Some(uid) = agent.registry.uid(id) else { return client.send(&not_found(agent, id)) };
+    let mut reader = LogReader::new(agent.log_dir(id, &uid), request);
     let mut tail = request.tail.map(Tail::new);
     let mut quiet = Stopwatch::start();
     loop {

@@ -282,6 +282,7 @@ impl Registry {
         Some(EndTicket {
             registry: self,
             id: id.clone(),
+            uid: Arc::clone(&entry.uid),
             chore,
             endpoint: entry.endpoint,
             sandbox_id: entry.status.sandbox_id.clone(),
@@ -518,9 +519,9 @@ impl Registry {
         inner.entries.values().map(known).collect()
     }
 
-    /// Whether there is such a workload.
-    pub fn contains(&self, id: &WorkloadId) -> bool {
-        self.lock().entries.contains_key(id)
+    /// Which acceptance of a workload is here; `None` when there is none.
+    pub fn uid(&self, id: &WorkloadId) -> Option<Arc<str>> {
+        self.lock().entries.get(id).map(|entry| Arc::clone(&entry.uid))
     }
 
     /// Whether a sandbox of this acceptance has an owner, or may be about to get one.
@@ -809,6 +810,8 @@ impl Drop for StartTicket<'_> {
 pub struct EndTicket<'a> {
     registry: &'a Registry,
     id: WorkloadId,
+    /// Which acceptance of it.
+    pub uid: Arc<str>,
     /// What to do.
     pub chore: Chore,
     /// The runtime that has it.

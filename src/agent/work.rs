@@ -37,8 +37,8 @@ fn start_ticket(agent: &Agent, ticket: &StartTicket<'_>) -> Result<(Started, boo
     if agent.node.has_handler(ticket.endpoint, &class.handler) == Some(false) {
         return Err(refused(Reason::HandlerUnavailable, format!("the runtime does not list the handler {:?}", class.handler)));
     }
-    let log_dir = agent.log_dir(&workload.id);
-    make_log_dir(agent, &workload.id).map_err(|e| refused(Reason::CreateFailed, format!("cannot make the log directory: {e}")))?;
+    let log_dir = agent.log_dir(&workload.id, &ticket.uid);
+    make_log_dir(agent, &log_dir).map_err(|e| refused(Reason::CreateFailed, format!("cannot make the log directory: {e}")))?;
     let auth = registry_auth(agent, workload).map_err(|message| refused(Reason::ImagePullFailed, message))?;
     let order = Order {
         annotation: annotation(workload),
@@ -139,7 +139,7 @@ fn end_ticket(agent: &Agent, ticket: &EndTicket<'_>) -> Result<EndStep, String> 
             if let Some(sandbox_id) = &ticket.sandbox_id {
                 runtime::remove_sandbox(client, sandbox_id, deadline).map_err(|e| words(&e))?;
             }
-            let removed = remove_log_dir(agent, &agent.log_dir(ticket.id()));
+            let removed = remove_log_dir(agent, &agent.log_dir(ticket.id(), &ticket.uid));
             removed.map(|()| EndStep::Removed).map_err(|error| format!("cannot remove the logs: {error}"))
         }
         // The queue of ends holds no starts.
@@ -189,8 +189,10 @@ pub fn remove_stray_logs(agent: &Agent) {
         return;
     }
     for entry in fs::read_dir(agent.logs_dir()).into_iter().flatten().flatten() {
-        let id = entry.file_name().to_str().and_then(|name| WorkloadId::new(name).ok());
-        if id.is_some_and(|id| !agent.registry.contains(&id)) {
+        let name = entry.file_name();
+        let Some((id, uid)) = name.to_str().and_then(|name| name.split_once('.')) else { continue };
+        // An acceptance that is not here now never will be: its uid is made when it enters the registry, and its directory after that.
+        if WorkloadId::new(id).is_ok_and(|id| agent.registry.uid(&id).is_none_or(|present| *present != *uid)) {
             let _ = remove_log_dir(agent, &entry.path()); // Tried again with the next sweep.
         }
     }
@@ -202,20 +204,20 @@ fn mark(agent: &Agent) -> String {
     format!(".kakuri-{}", agent.registry.node())
 }
 
-/// Makes the directory of a workload's logs, with its mark in it from its first moment. One that is there without it is not ours.
-fn make_log_dir(agent: &Agent, id: &WorkloadId) -> io::Result<()> {
-    let dir = agent.log_dir(id);
+/// Makes a log directory, with its mark in it from its first moment. One that is there without it is not ours.
+fn make_log_dir(agent: &Agent, dir: &Path) -> io::Result<()> {
     if dir.join(mark(agent)).exists() {
         return Ok(());
     }
-    let hidden = agent.logs_dir().join(format!(".{id}.new"));
+    let name = dir.file_name().unwrap_or_default().to_string_lossy();
+    let hidden = dir.with_file_name(format!(".{name}.new"));
     match fs::remove_dir_all(&hidden) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         Ok(()) | Err(_) => {}
     }
     DirBuilder::new().recursive(true).mode(0o700).create(&hidden)?;
     fs::write(hidden.join(mark(agent)), "")?;
-    fs::rename(&hidden, &dir)
+    fs::rename(&hidden, dir)
 }
 
 /// Removes a log directory, if it is ours; gone already is done.

@@ -125,7 +125,7 @@ fn the_same_again_is_the_same_and_another_is_refused(place: &Place) {
 
 fn a_polite_stop_is_enough_for_the_polite(place: &Place) {
     let agent = place.agent(&[]);
-    agent.run(&with(place.workload("wl-1", &place.polite()), json!({"stop_grace_ms": 30_000})));
+    agent.run_until_ready(&with(place.workload("wl-1", &place.polite()), json!({"stop_grace_ms": 30_000})));
     let (state, status) = agent.stop_workload("wl-1");
     assert_eq!((state, status.reason, status.exit_code), (State::Failed, Some(Reason::Stopped), Some(143)), "{status:?}");
     assert_eq!(status.phase, None);
@@ -133,7 +133,7 @@ fn a_polite_stop_is_enough_for_the_polite(place: &Place) {
 
 fn a_stubborn_workload_is_killed_after_its_grace(place: &Place) {
     let agent = place.agent(&[]);
-    agent.run(&with(place.workload("wl-1", &place.stubborn()), json!({"stop_grace_ms": 1000})));
+    agent.run_until_ready(&with(place.workload("wl-1", &place.stubborn()), json!({"stop_grace_ms": 1000})));
     let (state, status) = expect_status(agent.ask(&json!({"type": "StopWorkload", "id": "wl-1"})));
     assert_eq!((state, status.phase), (State::Running, Some(Phase::Stopping)), "{status:?}");
     // Asked twice, it is still stopped once.
@@ -156,7 +156,7 @@ fn deleting_a_running_workload_leaves_nothing(place: &Place) {
     let status = agent.run(&with(place.workload("wl-1", &["sleep", "1000"]), json!({"stop_grace_ms": 0})));
     agent.delete("wl-1");
     assert_eq!((place.sandboxes(), place.containers()), (vec![], vec![]));
-    assert!(!place.dir.join("agent/logs/wl-1").exists());
+    assert_eq!(std::fs::read_dir(place.dir.join("agent/logs")).expect("there").count(), 0);
     let error = expect_error(agent.ask(&json!({"type": "DeleteWorkload", "id": "wl-1"})));
     assert_eq!(error.code, ErrorCode::NotFound);
     // The id is free, for anything.
@@ -167,7 +167,7 @@ fn deleting_a_running_workload_leaves_nothing(place: &Place) {
 fn an_answer_does_not_wait_for_a_deletion_longer_than_asked(place: &Place) {
     let agent = place.agent(&[]);
     let workload = with(place.workload("wl-1", &place.stubborn()), json!({"stop_grace_ms": 1000}));
-    agent.run(&workload);
+    agent.run_until_ready(&workload);
     let error = expect_error(agent.ask(&json!({"type": "DeleteWorkload", "id": "wl-1", "wait_ms": 0})));
     assert_eq!((error.code, error.message.as_str()), (ErrorCode::DeadlineExceeded, "not gone yet; it will be"));
     let error = expect_error(agent.ask(&json!({"type": "StartWorkload", "workload": workload})));
@@ -349,8 +349,10 @@ fn a_unix_socket_is_for_its_owner_alone(place: &Place) {
     assert!(matches!(agent.ask(&json!({"type": "Ping"})), Reply::Pong { .. }));
     // What it keeps is for its owner alone too.
     agent.settle(&place.workload("wl-1", &["true"]));
-    let mode = |name: &str| place.dir.join(name).metadata().expect("there").permissions().mode() & 0o777;
-    assert_eq!((mode("agent"), mode("agent/logs"), mode("agent/logs/wl-1")), (0o700, 0o700, 0o700));
+    let mode = |path: std::path::PathBuf| path.metadata().expect("there").permissions().mode() & 0o777;
+    let logs = place.dir.join("agent/logs");
+    let of_it = std::fs::read_dir(&logs).expect("there").flatten().next().expect("a directory").path();
+    assert_eq!((mode(place.dir.join("agent")), mode(logs), mode(of_it)), (0o700, 0o700, 0o700));
 }
 
 fn the_node_says_what_it_is(place: &Place) {

@@ -122,6 +122,14 @@ impl<'a> Agent<'a> {
         status
     }
 
+    /// Starts a workload that says when it is ready (a signal before that would find a shell that has set no trap yet), and waits for it.
+    #[track_caller]
+    pub fn run_until_ready(&self, workload: &Value) -> Status {
+        let status = self.run(workload);
+        until("it says it is ready", || self.logs(json!({"id": workload["id"]})).iter().any(|line| line.line == "ready"));
+        status
+    }
+
     /// The workload's status now.
     #[track_caller]
     pub fn status(&self, id: &str) -> (State, Status) {

@@ -253,17 +253,17 @@ impl Place {
         json!({"id": id, "image": IMAGE, "runtime_class": self.class, "memory_mb": 64, "cpu_millicores": 200, "command": command})
     }
 
-    /// A command that ends with 143 when it is asked politely.
+    /// A command that ends with 143 when it is asked politely, once it said that it is ready.
     pub fn polite(&self) -> Vec<&'static str> {
         match self.runtime {
-            Runtime::Sim(..) => vec!["sleep", "1000"],
-            Runtime::Lab(_) => vec!["sh", "-c", "trap 'exit 143' TERM; while true; do sleep 0.05; done"],
+            Runtime::Sim(..) => vec!["sh", "-c", "echo ready; sleep 1000"],
+            Runtime::Lab(_) => vec!["sh", "-c", "trap 'exit 143' TERM; echo ready; while true; do sleep 0.05; done"],
         }
     }
 
-    /// A command that only a kill ends.
+    /// A command that only a kill ends, once it said that it is ready.
     pub fn stubborn(&self) -> [&'static str; 3] {
-        ["sh", "-c", "trap '' TERM; sleep 1000"]
+        ["sh", "-c", "trap '' TERM; echo ready; sleep 1000"]
     }
 }
 
