@@ -12,6 +12,7 @@
 //! | [`deadline`] | deadlines that know their phase; the two clocks |
 //! | [`report`] | errors and log lines for people; exit codes |
 //! | [`metrics`] | counters and gauges, and their text form |
+//! | [`failpoint`] | where a test lets a daemon die |
 //! | [`workload`] | what runs, and its states; pure |
 //! | [`wire`] | every JSON shape: the line protocol ([`wire::agent`]), HTTP bodies ([`wire::api`]), strict reading ([`wire::json`]) |
 //! | [`net`] | sockets with deadlines, listeners with slots, lines |
@@ -42,6 +43,7 @@ pub mod control_plane;
 pub mod cri;
 pub mod daemon;
 pub mod deadline;
+pub mod failpoint;
 pub mod flags;
 pub mod grpc;
 pub mod http;

@@ -12,7 +12,8 @@ use crate::harness::place::with;
 use crate::harness::{Place, Plane, until};
 
 /// A room and the rooms it may import. An arrow that is not here is a decision nobody took.
-const ARROWS: [(&str, &[&str]); 18] = [
+const ARROWS: [(&str, &[&str]); 19] = [
+    ("failpoint", &[]),
     ("limits", &[]),
     ("metrics", &[]),
     ("deadline", &[]),
@@ -26,8 +27,11 @@ const ARROWS: [(&str, &[&str]); 18] = [
     ("flags", &["workload"]),
     ("config", &["flags", "limits", "net", "report", "workload"]),
     ("daemon", &["limits", "net"]),
-    ("agent", &["config", "cri", "daemon", "deadline", "flags", "grpc", "limits", "net", "report", "wire", "workload"]),
-    ("control_plane", &["config", "daemon", "deadline", "flags", "http", "limits", "metrics", "net", "report", "wire", "workload"]),
+    ("agent", &["config", "cri", "daemon", "deadline", "failpoint", "flags", "grpc", "limits", "net", "report", "wire", "workload"]),
+    (
+        "control_plane",
+        &["config", "daemon", "deadline", "failpoint", "flags", "http", "limits", "metrics", "net", "report", "wire", "workload"],
+    ),
     ("sim", &["cri", "daemon", "deadline", "flags", "grpc", "limits", "net", "report", "workload"]),
     ("cli", &["config", "deadline", "flags", "limits", "net", "report", "workload"]),
     ("bin", &[]),
