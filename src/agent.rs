@@ -11,6 +11,8 @@
 //! | start-N | starts workloads, one at a time each |
 //! | end-N | stops and removes workloads |
 //! | probe-N | asks guests for their kernel |
+//! | health-N | asks workloads how they are |
+//! | journal | writes down what only this agent knows |
 //! | sweep | removes sandboxes that nobody wants |
 //! | tick | time to live, retries, start deadlines |
 //! | relist-N, events-N | one of each per CRI endpoint |
@@ -18,6 +20,7 @@
 //! Invariant: the agent's end ends no workload.
 
 pub mod handlers;
+pub mod journal;
 pub mod logs;
 pub mod node;
 pub mod reconcile;
@@ -25,7 +28,7 @@ pub mod registry;
 pub mod work;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -45,11 +48,13 @@ use crate::net::listen::{Server, Service};
 use crate::report::{Chain, Exit, complain, init_log, say};
 use crate::workload::WorkloadId;
 
+use journal::Journal;
 use node::{Endpoint, Node, Stoppers};
-use registry::{Queues, Registry};
+use registry::{Batch, Queues, Registry, Restored};
 
 const PROGRAM: &str = "kakuri-agent";
 const PROBE_WORKERS: usize = 2;
+const HEALTH_WORKERS: usize = 4;
 
 /// Runs the agent; returns when it was told to stop.
 pub fn main() -> ExitCode {
@@ -95,6 +100,8 @@ pub struct Agent {
     pub labels: BTreeMap<String, String>,
     /// Set before anybody is woken to see it.
     pub stopping: AtomicBool,
+    /// Set when nothing more will come for the journal.
+    pub journal_ends: AtomicBool,
     logs: PathBuf,
 }
 
@@ -165,6 +172,7 @@ fn run(config: &AgentConfig) -> Result<(), Box<dyn std::error::Error>> {
     let (starts, start_queue) = bounded(limits::START_QUEUE_MAX);
     let (ends, end_queue) = bounded(limits::AGENT_WORKLOADS_MAX);
     let (probes, probe_queue) = bounded(limits::START_QUEUE_MAX);
+    let (checks, check_queue) = bounded(limits::START_QUEUE_MAX);
     let (sweep_sender, sweep_queue) = bounded(limits::SWEEP_QUEUE_MAX);
     let (stop_sender, stop) = bounded(0);
     let mut mount_roots = config.mount_roots.clone();
@@ -174,8 +182,15 @@ fn run(config: &AgentConfig) -> Result<(), Box<dyn std::error::Error>> {
     if mount_roots.iter().any(|root| root.parent().is_none()) {
         return Err("a mount root leads to /: workloads could mount the whole host".into());
     }
+    // Before anything else is done with the directory, or the runtime: it is locked.
+    let (journal, replay) = Journal::open(&config.state_dir, &boot_id())?;
+    let registry = Registry::new(config.node_id.clone(), node::host_kernel(), Queues { starts, ends, probes, checks });
+    let restored = Restored { rebooted: replay.rebooted, starts: replay.starts };
+    let endpoint_of = |at: &str| node.endpoints.iter().position(|endpoint| endpoint.client.endpoint() == Path::new(at));
+    let unfit = |why| format!("{}: {why}; configure what it was written with, or move it away", config.state_dir.join("journal").display());
+    registry.restore(replay.saved, &restored, endpoint_of).map_err(unfit)?;
     let agent = Arc::new(Agent {
-        registry: Registry::new(config.node_id.clone(), node::host_kernel(), Queues { starts, ends, probes }),
+        registry,
         node,
         stop,
         stoppers: Stoppers::default(),
@@ -185,19 +200,29 @@ fn run(config: &AgentConfig) -> Result<(), Box<dyn std::error::Error>> {
         registry_credentials: config.registry_credentials.clone(),
         labels: config.labels.clone(),
         stopping: AtomicBool::new(false),
+        journal_ends: AtomicBool::new(false),
         logs: config.log_dir.clone(),
     });
     log_start(config, &agent);
     let signals = daemon::signals(config.until_eof)?;
     // Before anything is listed or swept: a second agent of this node must not get so far.
     let servers = daemon::serve(&config.listen, "agent", &agent)?;
-    let queues = WorkQueues { starts: start_queue, ends: end_queue, probes: probe_queue, sweeps: sweep_queue };
+    let queues = WorkQueues { starts: start_queue, ends: end_queue, probes: probe_queue, checks: check_queue, sweeps: sweep_queue };
+    let a = Arc::clone(&agent);
+    let writer = (spawn("journal", move || journal_loop(&a, journal))?, false);
     let mut threads = start_threads(&agent, config, &queues)?;
     wait_for_first_list(&agent);
     daemon::announce(&servers, config.ready_file.as_deref())?;
+    threads.push(writer);
     let result = wait_for_stop(&signals, &threads);
     log::info!("stopping; workloads go on running");
+    let writer = threads.pop().map(|(writer, _)| writer);
     stop_all(&agent, servers, stop_sender, &mut threads);
+    // Last, for what the others did in their last moments is written down too.
+    agent.journal_ends.store(true, Ordering::SeqCst);
+    agent.registry.wake_writer();
+    // A panic was logged where it happened.
+    writer.into_iter().for_each(|writer| drop(writer.join()));
     result.map_err(Into::into)
 }
 
@@ -242,6 +267,7 @@ struct WorkQueues {
     starts: Receiver<WorkloadId>,
     ends: Receiver<WorkloadId>,
     probes: Receiver<WorkloadId>,
+    checks: Receiver<WorkloadId>,
     sweeps: Receiver<(usize, Seen)>,
 }
 
@@ -254,10 +280,11 @@ fn start_threads(agent: &Arc<Agent>, config: &AgentConfig, queues: &WorkQueues) 
         // A runtime without events needs no listener.
         threads.push((spawn(&format!("events-{i}"), move || reconcile::event_loop(&a, i, &e))?, true));
     }
-    let pools: [(&str, usize, &Receiver<WorkloadId>, Work); 3] = [
+    let pools: [(&str, usize, &Receiver<WorkloadId>, Work); 4] = [
         ("start", config.start_workers, &queues.starts, work::start),
         ("end", config.stop_workers, &queues.ends, work::end),
         ("probe", PROBE_WORKERS, &queues.probes, work::probe),
+        ("health", HEALTH_WORKERS, &queues.checks, work::check),
     ];
     for (name, workers, queue, work) in pools {
         for i in 0..workers {
@@ -292,14 +319,57 @@ fn work_loop<T>(agent: &Agent, queue: &Receiver<T>, work: impl Fn(T)) {
     }
 }
 
+/// Names the present boot of the machine (random(4)); empty where the kernel does not say.
+fn boot_id() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
+}
+
+/// Writes down what is not on disk, batch after batch: whatever piles up while one is written is the next. A disk that does not take
+/// it is tried again, more and more rarely; meanwhile nothing is accepted, and what runs goes on.
+fn journal_loop(agent: &Agent, mut journal: Journal) {
+    let endpoint = |index: usize| agent.endpoint(index).client.endpoint().display().to_string();
+    let is_over = || agent.journal_ends.load(Ordering::SeqCst);
+    let mut pause_ms = limits::JOURNAL_PAUSE_MS_MIN;
+    loop {
+        let (batch, result): (Batch, _) = if journal.is_broken() {
+            let batch = agent.registry.everything(endpoint);
+            let result = journal.rewrite(&batch.records);
+            (batch, result)
+        } else {
+            let Some(batch) = agent.registry.unsaved(endpoint, is_over) else { return };
+            let result = journal.append(&batch.records);
+            (batch, result)
+        };
+        match result {
+            Ok(()) => {
+                agent.registry.saved(batch);
+                pause_ms = limits::JOURNAL_PAUSE_MS_MIN;
+            }
+            Err(error) => {
+                log::error!("the journal cannot be written: {error}");
+                agent.registry.not_saved(batch, error.to_string());
+                if is_over() {
+                    return;
+                }
+                if !agent.pause(pause_ms) {
+                    std::thread::park_timeout(Duration::from_millis(pause_ms));
+                }
+                pause_ms = (pause_ms * 2).min(limits::JOURNAL_PAUSE_MS_MAX);
+            }
+        }
+    }
+}
+
 /// The longest time between two looks at what is due.
 const TICK_MS_MAX: u64 = 1000;
 
 fn tick_loop(agent: &Agent) {
     loop {
         let next_ms = agent.registry.tick().map_or(TICK_MS_MAX, |next| u64::try_from(next.as_millis()).unwrap_or(TICK_MS_MAX));
-        if !agent.pause(next_ms.clamp(1, TICK_MS_MAX)) {
-            return;
+        select! {
+            recv(agent.registry.sooner()) -> _ => {}
+            recv(agent.stop) -> _ => return,
+            default(Duration::from_millis(next_ms.clamp(1, TICK_MS_MAX))) => {}
         }
     }
 }

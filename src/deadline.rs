@@ -45,6 +45,11 @@ impl Deadline {
         if left < Duration::from_micros(1) { Err(self.expired()) } else { Ok(left) }
     }
 
+    /// Milliseconds left, 0 when none are.
+    pub fn left_ms(&self) -> u64 {
+        self.left().map_or(0, |left| u64::try_from(left.as_millis()).unwrap_or(u64::MAX))
+    }
+
     /// The error this deadline turns into.
     pub fn expired(&self) -> Expired {
         Expired { phase: self.phase }
@@ -85,6 +90,14 @@ impl Stopwatch {
     pub fn elapsed(&self) -> Duration {
         self.0.elapsed()
     }
+}
+
+/// Milliseconds since the machine was booted, sleep included (`/proc/uptime`): a clock that nobody sets, and that all processes of one
+/// boot share. 0 where there is no such file.
+pub fn uptime_ms() -> u64 {
+    let text = std::fs::read_to_string("/proc/uptime").unwrap_or_default();
+    let seconds = text.split_once('.').and_then(|(whole, rest)| Some((whole.parse::<u64>().ok()?, rest.get(..2)?.parse::<u64>().ok()?)));
+    seconds.map_or(0, |(whole, hundredths)| whole.saturating_mul(1000).saturating_add(hundredths * 10))
 }
 
 /// Wall-clock time, milliseconds since 1970; for people and for records, never for timeouts.

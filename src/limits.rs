@@ -117,6 +117,34 @@ pub const TTL_MS_MAX: u64 = 31_536_000_000;
 pub const STOP_GRACE_MS_MAX: u64 = 3_600_000;
 /// `stop_grace_ms` when absent.
 pub const STOP_GRACE_MS_DEFAULT: u64 = 10_000;
+/// `restart_max_attempts`.
+pub const RESTART_ATTEMPTS_MAX: u64 = 1_000_000;
+/// `restart_backoff_ms`: no workload is restarted more often than this.
+pub const RESTART_BACKOFF_MS_MIN: u64 = 100;
+/// `restart_backoff_ms` when absent.
+pub const RESTART_BACKOFF_MS_DEFAULT: u64 = 10_000;
+/// `restart_backoff_max_ms` when absent.
+pub const RESTART_BACKOFF_MS_MAX_DEFAULT: u64 = 300_000;
+/// `restart_backoff_ms`, `restart_backoff_max_ms` and `restart_reset_ms`: a day.
+pub const RESTART_MS_MAX: u64 = 86_400_000;
+/// `restart_reset_ms` when absent.
+pub const RESTART_RESET_MS_DEFAULT: u64 = 600_000;
+/// `health.interval_ms`.
+pub const HEALTH_INTERVAL_MS_MIN: u64 = 100;
+/// `health.interval_ms`: a day.
+pub const HEALTH_INTERVAL_MS_MAX: u64 = 86_400_000;
+/// `health.interval_ms` when absent.
+pub const HEALTH_INTERVAL_MS_DEFAULT: u64 = 10_000;
+/// `health.timeout_ms`.
+pub const HEALTH_TIMEOUT_MS_MAX: u64 = 60_000;
+/// `health.timeout_ms` when absent.
+pub const HEALTH_TIMEOUT_MS_DEFAULT: u64 = 1000;
+/// `health.failures`.
+pub const HEALTH_FAILURES_MAX: u64 = 1000;
+/// `health.failures` when absent.
+pub const HEALTH_FAILURES_DEFAULT: u64 = 3;
+/// The head of a workload's answer to a health check.
+pub const HEALTH_ANSWER_BYTES_MAX: usize = 1024;
 /// `wait_ms` of a request.
 pub const WAIT_MS_MAX: u64 = 600_000;
 /// `memory_mb` when absent.
@@ -146,6 +174,16 @@ pub const PROBE_PAUSE_MS_MIN: u64 = 1000;
 pub const PROBE_PAUSE_MS_MAX: u64 = 60_000;
 /// The truth of a runtime that was not listed for this long is too old to call it ready.
 pub const LIST_AGE_MS_MAX: u64 = 30_000;
+/// A journal shorter than this is never written anew.
+pub const JOURNAL_COMPACT_BYTES_MIN: u64 = 256 * 1024;
+/// Between two attempts to write a journal that could not be written, doubling up to [`JOURNAL_PAUSE_MS_MAX`].
+pub const JOURNAL_PAUSE_MS_MIN: u64 = 250;
+/// Between two attempts to write a journal that could not be written.
+pub const JOURNAL_PAUSE_MS_MAX: u64 = 5000;
+/// What somebody waits for must be in the journal within this.
+pub const JOURNAL_MS_MAX: u64 = 10_000;
+/// How long a container whose start was asked for by an agent that is no more may stay created, before it is known that it never will run.
+pub const LAUNCH_DOUBT_MS: u64 = 5000;
 /// Starts waiting for a worker.
 pub const START_QUEUE_MAX: usize = 1024;
 /// A status older than this is asked for again before it is told.
@@ -195,6 +233,8 @@ pub const HEARTBEAT_MS: u64 = 10_000;
 pub const HEARTBEAT_HALF_CLOSED_MS: u64 = 200;
 /// Events a `Watch` may be behind before it is cut off.
 pub const WATCH_EVENTS_MAX: usize = 1024;
+/// Events an agent keeps for a `Watch` that resumes.
+pub const WATCH_HISTORY_MAX: usize = 256;
 /// Watches at a time.
 pub const WATCHES_MAX: usize = 32;
 

@@ -13,6 +13,7 @@ pub mod api;
 pub mod containerd;
 pub mod docker;
 pub mod json;
+pub mod record;
 pub mod status;
 pub mod workload;
 

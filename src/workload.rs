@@ -87,6 +87,74 @@ pub struct Spec {
     pub stop_grace_ms: u64,
     /// Labels a node must have.
     pub node_selector: BTreeMap<String, String>,
+    /// What follows its end.
+    pub restart: Restart,
+    /// How its agent sees whether it still does its job.
+    pub health: Option<Health>,
+}
+
+/// What follows the end of a workload that nobody asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Restart {
+    /// Whether it is started again.
+    pub policy: RestartPolicy,
+    /// Restarts in a row at most; none is without end.
+    pub attempts_max: Option<u64>,
+    /// The pause before the first restart in a row, milliseconds; each further one doubles it.
+    pub backoff_ms: u64,
+    /// The longest pause, milliseconds.
+    pub backoff_ms_max: u64,
+    /// A run that lasted this long ends the row, milliseconds.
+    pub reset_ms: u64,
+}
+
+impl Restart {
+    /// No restart; the rest as when nothing was said.
+    pub const NEVER: Self = Self {
+        policy: RestartPolicy::Never,
+        attempts_max: None,
+        backoff_ms: limits::RESTART_BACKOFF_MS_DEFAULT,
+        backoff_ms_max: limits::RESTART_BACKOFF_MS_MAX_DEFAULT,
+        reset_ms: limits::RESTART_RESET_MS_DEFAULT,
+    };
+
+    /// The pause before a restart, of which there were `streak` in a row already, milliseconds.
+    pub fn pause_ms(&self, streak: u64) -> u64 {
+        let doubled = u32::try_from(streak).ok().and_then(|n| 1u64.checked_shl(n)).and_then(|factor| self.backoff_ms.checked_mul(factor));
+        doubled.unwrap_or(u64::MAX).min(self.backoff_ms_max.max(self.backoff_ms))
+    }
+}
+
+/// A check that the agent repeats while a workload runs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Health {
+    /// What is done.
+    pub check: Check,
+    /// From the start to the first check, and from each to the next, milliseconds.
+    pub interval_ms: u64,
+    /// How long one may take, milliseconds.
+    pub timeout_ms: u64,
+    /// Failures in a row that end the workload.
+    pub failures_max: u64,
+}
+
+/// One way to ask a workload how it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Check {
+    /// A command inside it ends with 0.
+    Exec(Vec<String>),
+    /// `GET path` at the sandbox's address is answered with a status from 200 to 399.
+    Http {
+        /// At which port.
+        port: u16,
+        /// Absolute.
+        path: String,
+    },
+    /// The sandbox's address accepts a connection.
+    Tcp {
+        /// At which port.
+        port: u16,
+    },
 }
 
 impl Draft {
@@ -396,6 +464,18 @@ spelled!(
         IfNotPresent = "if-not-present",
         /// Never: an absent image is an error.
         Never = "never",
+    }
+);
+
+spelled!(
+    /// Whether a workload that ended is started again.
+    RestartPolicy {
+        /// Whatever its end.
+        Always = "always",
+        /// It stays ended.
+        Never = "never",
+        /// When it failed.
+        OnFailure = "on-failure",
     }
 );
 

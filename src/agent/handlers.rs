@@ -11,7 +11,7 @@ use serde_json::Value;
 use super::Agent;
 use super::logs::{LogReader, Tail};
 use super::node::Offer;
-use super::registry::{Container, Refusal};
+use super::registry::{Container, NoWatch, Refusal};
 use super::work::is_allowed;
 use super::{node, reconcile};
 use crate::cri::runtime::Class;
@@ -144,10 +144,13 @@ fn handle(agent: &Agent, request: Request, client: &mut Client<'_>) -> Result<()
         Request::StartWorkload { workload, wait_ms } => start(agent, *workload, wait_ms, client),
         Request::StopWorkload { id, wait_ms } => {
             let stopped = agent.registry.want_stop(&id, Reason::Stopped, None);
+            if let Some(unsaved) = unsaved(agent, &id, client) {
+                return client.send(&unsaved);
+            }
             let waited = wait_ms.and_then(|ms| agent.registry.wait(&id, Until::Terminal, Deadline::within_ms(ms, "wait"), client.stopping));
-            status_reply(agent, &id, waited.or(stopped))
+            status_reply(agent, &id, waited.or_else(|| agent.registry.status(&id)).or(stopped))
         }
-        Request::Watch => return watch(agent, client),
+        Request::Watch { since } => return watch(agent, since, client),
     };
     client.send(&reply)
 }
@@ -157,6 +160,13 @@ fn status_reply(agent: &Agent, id: &WorkloadId, status: Option<(State, crate::wi
         Some((state, status)) => Reply::Status { id: id.to_string(), state, status: Box::new(status) },
         None => not_found(agent, id),
     }
+}
+
+/// The answer to a request that could not be written down: what is not in the journal is not promised.
+fn unsaved(agent: &Agent, id: &WorkloadId, client: &Client<'_>) -> Option<Reply> {
+    let why = agent.registry.settled(id, client.stopping).err()?;
+    let message = format!("the agent's journal cannot be written: {why}");
+    Some(Reply::error(ErrorCode::ResourceExhausted, message, Some(id.to_string())))
 }
 
 /// There is no such workload; as long as a runtime was not listed since the agent started, nobody can say so.
@@ -196,6 +206,9 @@ fn start(agent: &Agent, workload: Workload, wait_ms: Option<u64>, client: &Clien
             return error(ErrorCode::ResourceExhausted, message);
         }
     };
+    if let Some(unsaved) = unsaved(agent, &id, client) {
+        return unsaved;
+    }
     let waited = wait_ms.and_then(|ms| agent.registry.wait(&id, Until::Started, Deadline::within_ms(ms, "wait"), client.stopping));
     status_reply(agent, &id, Some(waited.unwrap_or(accepted)))
 }
@@ -272,6 +285,9 @@ fn refresh(agent: &Agent, id: &WorkloadId) {
 fn delete(agent: &Agent, id: &WorkloadId, wait_ms: Option<u64>, client: &Client<'_>) -> Reply {
     if !agent.registry.want_delete(id) {
         return not_found(agent, id);
+    }
+    if let Some(unsaved) = unsaved(agent, id, client) {
+        return unsaved;
     }
     let ms = wait_ms.unwrap_or(limits::DELETE_WAIT_MS_DEFAULT);
     if agent.registry.wait_gone(id, Deadline::within_ms(ms, "wait"), client.stopping) {
@@ -387,10 +403,17 @@ fn heartbeat(agent: &Agent) -> Reply {
     Reply::Heartbeat { time: Timestamp::now(), revision: agent.registry.revision() }
 }
 
-fn watch(agent: &Agent, client: &mut Client<'_>) -> Result<(), Hangup> {
-    let Some(watch) = agent.registry.watch() else {
-        let message = format!("at most {} watches at a time", limits::WATCHES_MAX);
-        return client.send(&Reply::error(ErrorCode::ResourceExhausted, message, None));
+fn watch(agent: &Agent, since: Option<u64>, client: &mut Client<'_>) -> Result<(), Hangup> {
+    let watch = match agent.registry.watch(since) {
+        Ok(watch) => watch,
+        Err(NoWatch::Full) => {
+            let message = format!("at most {} watches at a time", limits::WATCHES_MAX);
+            return client.send(&Reply::error(ErrorCode::ResourceExhausted, message, None));
+        }
+        Err(NoWatch::Gone) => {
+            let message = "what happened since that revision is not kept any more; watch without since";
+            return client.send(&Reply::error(ErrorCode::NotFound, message, None));
+        }
     };
     for event in watch.present {
         client.send(&Reply::Event(event))?;
@@ -442,6 +465,10 @@ fn describe(agent: &Agent) -> Node {
             (a, b) => a.or(b),
         };
     }
+    let trouble = agent.registry.trouble();
+    let message = trouble.clone().unwrap_or_else(|| "is written".into());
+    conditions.push(Condition { r#type: "JournalWritable".into(), ok: trouble.is_none(), message });
+    let (oldest_stopping_ms, stopping) = agent.registry.stopping();
     let body = |Offer { class, endpoint, available }: &Offer| ClassBody {
         name: class.name.to_string(),
         handler: class.handler.clone(),
@@ -463,5 +490,7 @@ fn describe(agent: &Agent) -> Node {
         host_kernel: agent.registry.host_kernel().unwrap_or_default().to_owned(),
         started_at: agent.node.started_at,
         observed_at: oldest,
+        stopping,
+        oldest_stopping_ms,
     }
 }

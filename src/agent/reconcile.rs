@@ -42,14 +42,33 @@ pub enum Action {
         /// Its container.
         container_id: String,
     },
+    /// Its sandbox is none any more, with the container in it.
+    Ail {
+        /// Which.
+        id: WorkloadId,
+        /// Its container.
+        container_id: String,
+    },
+    /// Its container was made for an agent before this one, and may be about to run.
+    Doubt {
+        /// Which.
+        id: WorkloadId,
+        /// Its sandbox.
+        seen: Seen,
+    },
     /// It runs, and not as it should.
     Kill {
         /// Which.
         id: WorkloadId,
-        /// The kind.
-        reason: Reason,
         /// The cause.
         message: String,
+    },
+    /// It was in the journal, and this is all that is left of it here.
+    Recover {
+        /// Which.
+        id: WorkloadId,
+        /// A sandbox of a start that was not finished.
+        leftover: Option<Seen>,
     },
     /// Nobody wants it: remove it.
     Sweep(Seen),
@@ -68,6 +87,7 @@ pub fn plan(known: &[Known], seen: &[Seen], endpoint: usize, first: bool) -> Vec
     let mut actions = Vec::new();
     let mut owned: BTreeMap<&WorkloadId, &Seen> = BTreeMap::new();
     let mut unknown: BTreeMap<&str, &Seen> = BTreeMap::new();
+    let mut halves: BTreeMap<&WorkloadId, &Seen> = BTreeMap::new();
     for sandbox in seen {
         match known.iter().find(|k| k.id.as_str() == sandbox.workload) {
             Some(entry) if entry.owns(sandbox) => {
@@ -75,6 +95,12 @@ pub fn plan(known: &[Known], seen: &[Seen], endpoint: usize, first: bool) -> Vec
             }
             // It may be what the start in flight is about.
             Some(entry) if entry.is_busy && entry.uid == sandbox.uid => {}
+            // What an agent before this one was about to start; the latest of them counts.
+            Some(entry) if entry.is_recovering && entry.state == State::Pending && entry.uid == sandbox.uid => {
+                let other = halves.get(&entry.id).copied().filter(|other| other.attempt >= sandbox.attempt);
+                let older = if other.is_some() { Some(sandbox) } else { halves.insert(&entry.id, sandbox) };
+                actions.extend(older.map(|older| Action::Sweep(older.clone())));
+            }
             // What a failed start left, an earlier attempt, or an earlier workload of the same id.
             Some(_) => actions.push(Action::Sweep(sandbox.clone())),
             // Half a start, or the late effect of one that was given up, has nothing anybody could want.
@@ -91,8 +117,23 @@ pub fn plan(known: &[Known], seen: &[Seen], endpoint: usize, first: bool) -> Vec
     for entry in known.iter().filter(|entry| entry.endpoint == endpoint) {
         actions.extend(compare(entry, owned.get(&entry.id).copied()));
     }
+    // After the comparisons: they are about the entries as they were.
+    let recovering = known.iter().filter(|entry| entry.is_recovering && entry.endpoint == endpoint);
+    actions.extend(recovering.map(|entry| recover(entry, halves.get(&entry.id).copied())));
     actions.extend(unknown.into_values().map(|sandbox| Action::Adopt(sandbox.clone())));
     actions
+}
+
+/// What is to be done about an entry of the journal.
+fn recover(entry: &Known, half: Option<&Seen>) -> Action {
+    let id = entry.id.clone();
+    match half {
+        Some(seen) if seen.attempt == entry.attempt && seen.has_lived() => Action::Adopt(seen.clone()),
+        Some(seen) if seen.attempt == entry.attempt && entry.is_launched && seen.container.is_some() => {
+            Action::Doubt { id, seen: seen.clone() }
+        }
+        leftover => Action::Recover { id, leftover: leftover.cloned() },
+    }
 }
 
 impl Known {
@@ -115,19 +156,17 @@ fn compare(entry: &Known, sandbox: Option<&Seen>) -> Option<Action> {
     let (id, version) = (entry.id.clone(), entry.version);
     let Some(sandbox) = sandbox else { return Some(Action::Vanished { id, version }) };
     let container_id = entry.made.as_ref().map(|(_, container_id)| container_id.clone())?;
-    let kill = |reason, message| (!entry.is_ending).then(|| Action::Kill { id: id.clone(), reason, message });
+    let unless_ending = |action: Action| (!entry.is_ending).then_some(action);
     match &sandbox.container {
         _ if entry.handler.as_deref() != Some(&sandbox.handler) => {
             let was = entry.handler.as_deref().unwrap_or_default();
             let message = format!("the sandbox had handler {was:?} when it started, the runtime now reports {:?}", sandbox.handler);
-            kill(Reason::IsolationMismatch, message)
+            unless_ending(Action::Kill { id, message })
         }
         Some(container) if container.state == ContainerState::ContainerRunning && sandbox.is_ready => {
             Some(Action::Confirm { id, container_id })
         }
-        Some(container) if container.state == ContainerState::ContainerRunning => {
-            kill(Reason::SandboxDied, "the sandbox is not ready any more".into())
-        }
+        Some(container) if container.state == ContainerState::ContainerRunning => unless_ending(Action::Ail { id, container_id }),
         Some(_) | None => Some(Action::Ask { id, version, container_id }),
     }
 }
@@ -181,10 +220,20 @@ fn apply(agent: &Agent, index: usize, endpoint: &Arc<Endpoint>, action: Action) 
         Action::Adopt(_) => {}
         Action::Ask { id, version, container_id } => ask(agent, endpoint, &id, version, &container_id),
         Action::Confirm { id, container_id } => agent.registry.observe(&id, &container_id, Observed::Running(None)),
-        Action::Kill { id, reason, message } => {
-            log::error!("workload {id}: {message}; it is stopped");
-            agent.registry.want_stop(&id, reason, Some(message));
+        Action::Ail { id, container_id } => {
+            agent.registry.ail(&id, &container_id, Reason::SandboxDied, "the sandbox is not ready any more".into());
         }
+        Action::Doubt { id, seen } => {
+            if agent.registry.is_past_doubt(&id) {
+                log::info!("workload {id}: its start was asked for and never happened; it is started again");
+                agent.registry.recovered(&id, Some(&seen), true);
+            }
+        }
+        Action::Kill { id, message } => {
+            log::error!("workload {id}: {message}; it is stopped");
+            agent.registry.want_stop(&id, Reason::IsolationMismatch, Some(message));
+        }
+        Action::Recover { id, leftover } => agent.registry.recovered(&id, leftover.as_ref(), false),
         Action::Sweep(seen) => {
             // A start that was accepted or taken up after the copy was taken may own it.
             let owner = WorkloadId::new(&seen.workload);
@@ -206,7 +255,9 @@ pub fn ask(agent: &Agent, endpoint: &Endpoint, id: &WorkloadId, version: u64, co
 }
 
 fn adopt(agent: &Agent, index: usize, endpoint: &Endpoint, seen: &Seen) -> Result<(), String> {
-    let workload = match parse_annotation(seen) {
+    // What the journal knows needs no annotation.
+    let known = WorkloadId::new(&seen.workload).ok().and_then(|id| agent.registry.workload(&id, &seen.uid));
+    let workload = match known.map_or_else(|| parse_annotation(seen), Ok) {
         Ok(workload) => workload,
         Err(problems) => {
             // It carries our labels, so somebody may rely on it; what we cannot read we do not touch.

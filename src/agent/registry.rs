@@ -4,28 +4,37 @@
 //! Whatever a workload needs done next is derived from its entry (`Entry::chore`), never remembered elsewhere, so that a lost
 //! wake-up costs time, not work.
 //!
+//! What only this agent knows is in its journal before anybody hears of it or acts upon it: acceptances, ends, what is to be stopped
+//! or deleted, restarts, and that a container may be about to run. A change calls [`Entry::hold`] first; the journal's writer takes
+//! what is unsaved in batches ([`journaled`]), and what was held back is told when it is on disk.
+//!
 //! Invariant: `entries.len() <= AGENT_WORKLOADS_MAX`.
 //! Invariant: a terminal state never changes; an exit code once known never changes.
 //! Invariant: `revision` grows with every change that a watcher sees.
 
 mod entry;
+mod journaled;
+mod tickets;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
-use crate::cri::runtime::{Class, Ending, Found, Observed, Progress, Seen, StartError, Started};
-use crate::deadline::{Deadline, Timestamp};
+use crate::cri::runtime::{Class, Observed};
+use crate::deadline::{Deadline, Stopwatch, Timestamp};
 use crate::limits;
 use crate::wire::agent::{Event, EventKind, Object, Resources, Until};
-use crate::wire::status::{Isolation, Status, Timings};
-use crate::workload::{Name, Phase, Reason, State, Workload, WorkloadId};
+use crate::wire::record::{Ailing, Wanted};
+use crate::wire::status::{Isolation, Status};
+use crate::workload::{Health, Name, Phase, Reason, State, Workload, WorkloadId};
 
 pub use entry::Chore;
-use entry::{Entry, Made, Probe, Wanted, Work};
+use entry::{Entry, Probe, Work};
+pub use journaled::{Batch, Restored};
+pub use tickets::{EndStep, EndTicket, StartTicket};
 
 /// All workloads of this agent.
 pub struct Registry {
@@ -33,6 +42,10 @@ pub struct Registry {
     host_kernel: Option<String>,
     inner: Mutex<Inner>,
     changed: Condvar,
+    /// Wakes the journal's writer.
+    unsaved: Condvar,
+    /// Says that something may be due sooner than [`Registry::tick`] said.
+    sooner: (Sender<()>, Receiver<()>),
     queues: Queues,
 }
 
@@ -44,6 +57,8 @@ pub struct Queues {
     pub ends: Sender<WorkloadId>,
     /// Own-kernel probes.
     pub probes: Sender<WorkloadId>,
+    /// Health checks.
+    pub checks: Sender<WorkloadId>,
 }
 
 #[derive(Default)]
@@ -51,8 +66,26 @@ struct Inner {
     entries: BTreeMap<WorkloadId, Entry>,
     /// Invariant: the sum of `Entry::spec_bytes`, `<= AGENT_SPECS_BYTES_MAX` but for adoptions.
     specs_bytes: usize,
+    /// Of the last event. Its upper half counts the agent's starts, so that it never repeats.
     revision: u64,
+    /// The last events, up to `WATCH_HISTORY_MAX`.
+    history: VecDeque<Arc<Event>>,
     watchers: Vec<Watcher>,
+    /// Counts changes.
+    version: u64,
+    /// Whose changes are to be saved; `None` when nothing is ever saved.
+    dirty: Option<BTreeSet<WorkloadId>>,
+    /// Why the journal cannot be written now.
+    trouble: Option<String>,
+}
+
+impl Inner {
+    /// Notes that an entry has changes to be saved, without haste.
+    fn mark(&mut self, id: &WorkloadId) {
+        if let Some(dirty) = &mut self.dirty {
+            dirty.insert(id.clone());
+        }
+    }
 }
 
 struct Watcher {
@@ -61,15 +94,24 @@ struct Watcher {
     alive: Weak<()>,
 }
 
-/// Everything as it was when the watch began, and every change since.
+/// Everything as it was when the watch began, or what it missed; and every change since.
 pub struct Watch {
-    /// An `ADDED` for each workload.
+    /// An `ADDED` for each workload, or every event since the revision it resumes from.
     pub present: Vec<Event>,
     /// Of the last change before the watch.
     pub revision: u64,
     /// Disconnected when its reader fell behind by more than `WATCH_EVENTS_MAX`.
     pub events: Receiver<Arc<Event>>,
     _alive: Arc<()>,
+}
+
+/// Why there is no watch.
+#[derive(Debug, PartialEq, Eq)]
+pub enum NoWatch {
+    /// There are `WATCHES_MAX` already.
+    Full,
+    /// What happened since that revision is not kept any more, or never happened.
+    Gone,
 }
 
 /// How an `accept` was answered.
@@ -104,6 +146,25 @@ pub struct Known {
     pub is_busy: bool,
     /// It is to end, for whatever reason.
     pub is_ending: bool,
+    /// It was read from the journal, and not compared yet.
+    pub is_recovering: bool,
+    /// Which of its sandboxes it is about.
+    pub attempt: u32,
+    /// The container of that attempt may have been asked to run.
+    pub is_launched: bool,
+}
+
+/// A health check that is due.
+#[derive(Clone, Debug)]
+pub struct CheckUp {
+    /// Which runtime has it.
+    pub endpoint: usize,
+    /// The container to ask.
+    pub container_id: String,
+    /// The sandbox's address, where it has one.
+    pub ip: Option<String>,
+    /// What to do.
+    pub health: Health,
 }
 
 /// A running container, to ask something of.
@@ -124,7 +185,7 @@ pub struct Container {
 impl Registry {
     /// An empty registry of this node.
     pub fn new(node: Name, host_kernel: Option<String>, queues: Queues) -> Self {
-        Self { node, host_kernel, inner: Mutex::default(), changed: Condvar::new(), queues }
+        Self { node, host_kernel, inner: Mutex::default(), changed: Condvar::new(), unsaved: Condvar::new(), sooner: bounded(1), queues }
     }
 
     /// This node.
@@ -137,7 +198,8 @@ impl Registry {
         self.host_kernel.as_deref()
     }
 
-    /// Accepts a workload of a class that the runtime `endpoint` makes, or finds that it is here already.
+    /// Accepts a workload of a class that the runtime `endpoint` makes, or finds that it is here already. Nobody is to be told
+    /// before [`Registry::settled`].
     ///
     /// # Errors
     /// [`Refusal`].
@@ -147,7 +209,8 @@ impl Registry {
             return answer;
         }
         let id = workload.id.clone();
-        let entry = Entry::new(workload, &crate::report::random_id(), class, endpoint, Status::accepted(Some(self.node.to_string())));
+        let mut entry = Entry::new(workload, &crate::report::random_id(), class, endpoint, Status::accepted(Some(self.node.to_string())));
+        entry.hold();
         let specs_bytes = inner.specs_bytes.saturating_add(entry.spec_bytes);
         if inner.entries.len() >= limits::AGENT_WORKLOADS_MAX || specs_bytes > limits::AGENT_SPECS_BYTES_MAX {
             return Err(Refusal::Full);
@@ -167,68 +230,17 @@ impl Registry {
         present(&mut self.lock(), workload)
     }
 
-    /// Takes up a workload that the runtime `endpoint` has and we do not know: from before this agent started. A sandbox that is not
-    /// of the handler asked for is taken up to be stopped.
-    pub fn adopt(&self, workload: Workload, seen: &Seen, overhead_mb: u64, endpoint: usize, found: Found) {
-        let mut inner = self.lock();
-        if inner.entries.contains_key(&workload.id) {
-            return;
-        }
-        let id = workload.id.clone();
-        let mut status = Status::accepted(Some(self.node.to_string()));
-        status.created_at = seen.created_at.unwrap_or(status.created_at);
-        status.attempt = seen.attempt;
-        status.sandbox_id = Some(seen.sandbox_id.clone());
-        status.handler = Some(seen.handler.clone());
-        status.ip = found.ip;
-        status.image_digest = found.image_digest;
-        let container_id = seen.container.as_ref().map(|c| c.id.clone()).unwrap_or_default();
-        status.container_id = Some(container_id.clone());
-        let verified = !seen.handler.is_empty() && seen.handler == seen.asked_handler;
-        status.isolation = self.isolation(&seen.handler, seen.own_kernel || !verified);
-        let mismatch = || format!("asked for a sandbox of handler {:?}, the runtime reports {:?}", seen.asked_handler, seen.handler);
-        let class = Class {
-            name: workload.runtime_class.clone(),
-            handler: seen.asked_handler.clone(),
-            own_kernel: seen.own_kernel,
-            annotations: BTreeMap::new(),
-            overhead_mb,
-            memory_mb_min: 0,
-            sandbox_ms_max: limits::START_DEADLINE_MS_DEFAULT,
-        };
-        let since = match &found.observed {
-            Observed::Running(since) => *since,
-            Observed::Created | Observed::Ended(_) | Observed::Unknown => None,
-        };
-        // The wall clock may have jumped, so it can shorten the time to live, and never lengthen it.
-        let ran_ms = since.map_or(0, |since| Timestamp::now().as_millis().saturating_sub(since.as_millis()));
-        status.started_at = since;
-        let mut entry = Entry::new(workload, &seen.uid, class, endpoint, status);
-        entry.state = State::Running;
-        entry.is_env_known = entry.workload.spec.env.is_empty();
-        entry.ttl = entry.workload.spec.ttl_ms.map(|ms| Deadline::within_ms(ms.saturating_sub(ran_ms), "ttl"));
-        entry.probe = if seen.own_kernel { Probe::Due } else { Probe::Over };
-        entry.made = Some(Made { sandbox_id: seen.sandbox_id.clone(), container_id, retired: false });
-        if !verified {
-            entry.wanted = Wanted::Stop { reason: Reason::IsolationMismatch, message: Some(mismatch()) };
-        }
-        if let Observed::Ended(ending) = found.observed {
-            entry.ended(ending);
-        }
-        inner.specs_bytes = inner.specs_bytes.saturating_add(entry.spec_bytes);
-        inner.entries.insert(id.clone(), entry);
-        self.publish(&mut inner, &id, EventKind::Added);
-    }
-
     /// Asks for a workload's end. A workload that does not run yet ends at once.
     pub fn want_stop(&self, id: &WorkloadId, reason: Reason, message: Option<String>) -> Option<(State, Status)> {
         let mut inner = self.lock();
         let entry = inner.entries.get_mut(id)?;
         if entry.wanted == Wanted::Run && !entry.state.is_terminal() {
+            entry.hold();
             entry.wanted = Wanted::Stop { reason, message: message.clone() };
             entry.retry = None;
+            entry.stopping = Some(Stopwatch::start());
             entry.cancel.store(true, Ordering::SeqCst);
-            if entry.state == State::Pending && entry.work != Work::Doing {
+            if entry.state == State::Pending && entry.work != Work::Doing && entry.recovery.is_none() {
                 entry.work = Work::Idle;
                 entry.give_up(reason, message.unwrap_or_else(|| "stopped before it ran".into()));
             } else {
@@ -236,7 +248,24 @@ impl Registry {
             }
             self.publish(&mut inner, id, EventKind::Modified);
         }
-        inner.entries.get(id).map(|entry| (entry.state, entry.status.clone()))
+        inner.entries.get(id).map(seen)
+    }
+
+    /// Ends a running workload because of what became of it; its policy decides what follows.
+    pub fn ail(&self, id: &WorkloadId, container_id: &str, reason: Reason, message: String) {
+        let mut inner = self.lock();
+        let Some(entry) = inner.entries.get_mut(id) else { return };
+        let is_it = entry.made.as_ref().is_some_and(|made| made.container_id == container_id);
+        if !is_it || entry.state != State::Running || entry.wanted != Wanted::Run || entry.ailing.is_some() {
+            return;
+        }
+        log::warn!("workload {id}: {reason}: {message}; it is stopped");
+        entry.touch();
+        entry.ailing = Some(Ailing { reason, message });
+        entry.retry = None;
+        entry.stopping = Some(Stopwatch::start());
+        entry.status.phase = Some(Phase::Stopping);
+        self.publish(&mut inner, id, EventKind::Modified);
     }
 
     /// Asks for a workload to be removed and forgotten; whether there is one.
@@ -244,8 +273,10 @@ impl Registry {
         let mut inner = self.lock();
         let Some(entry) = inner.entries.get_mut(id) else { return false };
         if entry.wanted != Wanted::Delete {
+            entry.hold();
             entry.wanted = Wanted::Delete;
             entry.retry = None;
+            entry.stopping.get_or_insert_with(Stopwatch::start);
             entry.cancel.store(true, Ordering::SeqCst);
             entry.status.phase = Some(Phase::Stopping);
             if matches!(entry.work, Work::Queued(_)) {
@@ -255,42 +286,6 @@ impl Registry {
             self.publish(&mut inner, id, EventKind::Modified);
         }
         true
-    }
-
-    /// A worker takes up a start; `None` when there is nothing to start any more.
-    pub fn begin_start(&self, id: &WorkloadId) -> Option<StartTicket<'_>> {
-        let mut inner = self.lock();
-        let entry = self.begin(&mut inner, id, &[Chore::Start])?.1;
-        Some(StartTicket {
-            registry: self,
-            id: id.clone(),
-            workload: Arc::clone(&entry.workload),
-            uid: Arc::clone(&entry.uid),
-            class: Arc::clone(&entry.class),
-            endpoint: entry.endpoint,
-            attempt: entry.status.attempt,
-            cancel: Arc::clone(&entry.cancel),
-            deadline: entry.start_deadline,
-            is_over: false,
-        })
-    }
-
-    /// A worker takes up whatever ends a workload; `None` when there is nothing to do any more.
-    pub fn begin_end(&self, id: &WorkloadId) -> Option<EndTicket<'_>> {
-        let mut inner = self.lock();
-        let (chore, entry) = self.begin(&mut inner, id, &[Chore::Stop, Chore::Retire, Chore::Remove])?;
-        Some(EndTicket {
-            registry: self,
-            id: id.clone(),
-            uid: Arc::clone(&entry.uid),
-            chore,
-            endpoint: entry.endpoint,
-            sandbox_id: entry.status.sandbox_id.clone(),
-            container_id: entry.made.as_ref().map(|m| m.container_id.clone()),
-            // The polite signal is sent once; after the grace comes the kill.
-            grace_ms: if entry.kill.is_some() { 0 } else { entry.grace_ms() },
-            is_over: false,
-        })
     }
 
     /// The container to probe, and the runtime that has it; `None` when the workload does not run any more.
@@ -323,6 +318,7 @@ impl Registry {
                 (None, _) => isolation.message = Some("the image has no uname or cat to answer the probe with".into()),
             }
             isolation.kernel = kernel;
+            entry.touch();
             self.publish(&mut inner, id, EventKind::Modified);
         }
         if let Some(message) = mismatch {
@@ -342,6 +338,44 @@ impl Registry {
         self.publish(&mut inner, id, EventKind::Modified);
     }
 
+    /// The check-up that is due; `None` when there is nothing to check any more.
+    pub fn begin_check(&self, id: &WorkloadId) -> Option<CheckUp> {
+        let mut inner = self.lock();
+        let entry = inner.entries.get_mut(id).filter(|entry| entry.health.is_queued)?;
+        let (endpoint, ip) = (entry.endpoint, entry.status.ip.clone());
+        let made = entry.made.as_ref().filter(|_| entry.state == State::Running && entry.wanted == Wanted::Run);
+        made.zip(entry.workload.spec.health.clone()).map(|(made, health)| CheckUp {
+            endpoint,
+            container_id: made.container_id.clone(),
+            ip,
+            health,
+        })
+    }
+
+    /// Records how a check went. Too many failures in a row end the workload.
+    pub fn finish_check(&self, id: &WorkloadId, container_id: &str, result: Result<(), String>) {
+        let mut inner = self.lock();
+        let Some(entry) = inner.entries.get_mut(id) else { return };
+        let is_it = entry.made.as_ref().is_some_and(|made| made.container_id == container_id);
+        let Some(health) = entry.workload.spec.health.as_ref().filter(|_| is_it && entry.health.is_queued) else { return };
+        entry.health.is_queued = false;
+        entry.health.due = Some(Deadline::within_ms(health.interval_ms, "health"));
+        self.nudge();
+        let Err(message) = result else {
+            entry.health.failures = 0;
+            return;
+        };
+        entry.health.failures += 1;
+        let message = format!("health check failed {} of {} times in a row: {message}", entry.health.failures, health.failures_max);
+        let is_over = entry.health.failures >= health.failures_max;
+        entry.status.last_error = Some(crate::report::clip(message.clone(), limits::MESSAGE_BYTES_MAX));
+        self.publish(&mut inner, id, EventKind::Modified);
+        drop(inner);
+        if is_over {
+            self.ail(id, container_id, Reason::HealthCheckFailed, message);
+        }
+    }
+
     /// Applies what the runtime says of a container of ours.
     pub fn observe(&self, id: &WorkloadId, container_id: &str, observed: Observed) {
         let mut inner = self.lock();
@@ -351,10 +385,13 @@ impl Registry {
         }
         match observed {
             Observed::Ended(ending) => {
+                entry.hold();
                 entry.ended(ending);
                 self.publish(&mut inner, id, EventKind::Modified);
+                self.nudge();
             }
             Observed::Running(since) => {
+                entry.is_rebooted = false;
                 entry.status.observed_at = Timestamp::now();
                 entry.status.started_at = entry.status.started_at.or(since);
             }
@@ -369,11 +406,8 @@ impl Registry {
         if entry.version != version || entry.state != State::Running {
             return;
         }
-        let message = Some("the runtime does not have it any more".to_owned());
-        match entry.wanted.clone() {
-            Wanted::Stop { reason, message: why } => entry.end(State::Failed, reason, why.or(message), None),
-            Wanted::Delete | Wanted::Run => entry.end(State::Failed, Reason::SandboxDied, message, None),
-        }
+        entry.hold();
+        entry.lost();
         self.publish(&mut inner, id, EventKind::Modified);
     }
 
@@ -384,19 +418,21 @@ impl Registry {
         let ids: Vec<WorkloadId> = inner.entries.keys().cloned().collect();
         for id in ids {
             let Some(entry) = inner.entries.get_mut(&id) else { continue };
-            if entry.ttl.is_some_and(|ttl| ttl.left().is_err()) && entry.wanted == Wanted::Run {
+            if entry.ttl.is_some_and(|ttl| ttl.left().is_err()) && entry.wanted == Wanted::Run && !entry.state.is_terminal() {
                 ttls.push(id.clone());
             }
-            let is_late = entry.state == State::Pending && entry.work != Work::Doing && entry.start_deadline.left().is_err();
-            if is_late && entry.wanted == Wanted::Run {
+            let waits_to_start = entry.state == State::Pending && entry.work != Work::Doing && entry.recovery.is_none();
+            if waits_to_start && entry.start_deadline.left().is_err() && entry.wanted == Wanted::Run {
+                entry.hold();
                 entry.work = Work::Idle;
-                entry.give_up(Reason::StartDeadlineExceeded, "start deadline passed while it waited for its start".into());
+                entry.fail_start(Reason::StartDeadlineExceeded, "start deadline passed while it waited for its start".into());
                 self.publish(&mut inner, &id, EventKind::Modified);
                 continue;
             }
-            let start = (entry.state == State::Pending).then_some(entry.start_deadline);
+            let start = waits_to_start.then_some(entry.start_deadline);
             let probe = entry.probe_retry.map(|(retry, _)| retry).filter(|_| entry.probe == Probe::Due);
-            let waits = [entry.ttl, entry.retry, start, probe];
+            let health = entry.health.due.filter(|_| !entry.health.is_queued);
+            let waits = [entry.ttl, entry.retry, entry.restart, start, probe, health];
             next = waits.into_iter().flatten().filter_map(|d| d.left().ok()).chain(next).min();
             self.assign(&mut inner, &id);
         }
@@ -407,9 +443,54 @@ impl Registry {
         next
     }
 
+    /// Something may be due sooner.
+    pub fn sooner(&self) -> &Receiver<()> {
+        &self.sooner.1
+    }
+
+    fn nudge(&self) {
+        let _ = self.sooner.0.try_send(()); // One that waits says it all.
+    }
+
     /// A workload's state and status.
     pub fn status(&self, id: &WorkloadId) -> Option<(State, Status)> {
-        self.lock().entries.get(id).map(|entry| (entry.state, entry.status.clone()))
+        self.lock().entries.get(id).filter(|entry| entry.is_visible()).map(seen)
+    }
+
+    /// Waits until what was asked of a workload is on disk.
+    ///
+    /// # Errors
+    /// Why it is not.
+    pub fn settled(&self, id: &WorkloadId, stopping: &AtomicBool) -> Result<(), String> {
+        let deadline = Deadline::within_ms(limits::JOURNAL_MS_MAX, "journal");
+        let mut inner = self.lock();
+        loop {
+            let is_settled = inner.entries.get(id).map(|entry| entry.ledger.is_settled());
+            match is_settled {
+                Some(true) => return Ok(()),
+                // It was removed meanwhile; unless it could not even be accepted.
+                None => return inner.trouble.clone().map_or(Ok(()), Err),
+                Some(false) => {}
+            }
+            let left = match deadline.left() {
+                Ok(left) if !stopping.load(Ordering::SeqCst) => left,
+                Ok(_) => return Err("the agent stops".into()),
+                Err(_) => return Err(inner.trouble.clone().unwrap_or_else(|| "the disk is too slow".into())),
+            };
+            inner = self.wait_changed(inner, left);
+        }
+    }
+
+    /// Why the journal cannot be written now.
+    pub fn trouble(&self) -> Option<String> {
+        self.lock().trouble.clone()
+    }
+
+    /// For how long the workload that is to end and does not has been waited for, milliseconds; and how many there are.
+    pub fn stopping(&self) -> (u64, u64) {
+        let inner = self.lock();
+        let ages = inner.entries.values().filter_map(|entry| entry.stopping.map(|since| since.elapsed_ms()));
+        ages.fold((0, 0), |(oldest_ms, count), ms| (oldest_ms.max(ms), count + 1))
     }
 
     /// A workload's container, and how old the knowledge is.
@@ -436,10 +517,10 @@ impl Registry {
     pub fn wait(&self, id: &WorkloadId, until: Until, deadline: Deadline, stopping: &AtomicBool) -> Option<(State, Status)> {
         let mut inner = self.lock();
         loop {
-            let entry = inner.entries.get(id)?;
+            let entry = inner.entries.get(id).filter(|entry| entry.is_visible())?;
             let left = deadline.left();
-            if until.is_reached(entry.state) || left.is_err() || stopping.load(Ordering::SeqCst) {
-                return Some((entry.state, entry.status.clone()));
+            if until.is_reached(entry.view().0) || left.is_err() || stopping.load(Ordering::SeqCst) {
+                return Some(seen(entry));
             }
             inner = self.wait_changed(inner, left.unwrap_or_default());
         }
@@ -465,25 +546,39 @@ impl Registry {
         use std::ops::Bound;
         let inner = self.lock();
         let from = after.map_or(Bound::Unbounded, Bound::Excluded);
-        let mut rest = inner.entries.range::<WorkloadId, _>((from, Bound::Unbounded)).map(|(_, entry)| entry);
+        let all = inner.entries.range::<WorkloadId, _>((from, Bound::Unbounded));
+        let mut rest = all.map(|(_, entry)| entry).filter(|entry| entry.is_visible());
         let page = rest.by_ref().take(limit).map(Entry::object).collect();
         (page, rest.next().is_some())
     }
 
-    /// Everything as it is, and every change from then on; `None` when there are `WATCHES_MAX` already.
-    pub fn watch(&self) -> Option<Watch> {
+    /// Everything as it is, and every change from then on; or every change since a revision.
+    ///
+    /// # Errors
+    /// [`NoWatch`].
+    pub fn watch(&self, since: Option<u64>) -> Result<Watch, NoWatch> {
         let mut inner = self.lock();
         inner.watchers.retain(|watcher| watcher.alive.strong_count() > 0);
         if inner.watchers.len() >= limits::WATCHES_MAX {
-            return None;
+            return Err(NoWatch::Full);
         }
+        let revision = inner.revision;
+        let present = match since {
+            None => {
+                let added = |entry: &Entry| Event { revision, event: EventKind::Added, object: entry.object() };
+                inner.entries.values().filter(|entry| entry.is_visible()).map(added).collect()
+            }
+            Some(since) => {
+                // Revisions have no gaps, so the number of events since then is known.
+                let missed = revision.checked_sub(since).and_then(|missed| usize::try_from(missed).ok()).ok_or(NoWatch::Gone)?;
+                let from = inner.history.len().checked_sub(missed).ok_or(NoWatch::Gone)?;
+                inner.history.iter().skip(from).map(|event| (**event).clone()).collect()
+            }
+        };
         let (sender, events) = bounded(limits::WATCH_EVENTS_MAX);
         let alive = Arc::new(());
         inner.watchers.push(Watcher { events: sender, alive: Arc::downgrade(&alive) });
-        let revision = inner.revision;
-        let added = |entry: &Entry| Event { revision, event: EventKind::Added, object: entry.object() };
-        let present = inner.entries.values().map(added).collect();
-        Some(Watch { present, revision, events, _alive: alive })
+        Ok(Watch { present, revision, events, _alive: alive })
     }
 
     /// The revision of the last change.
@@ -514,7 +609,10 @@ impl Registry {
             endpoint: entry.endpoint,
             handler: entry.status.handler.clone(),
             is_busy: entry.work == Work::Doing,
-            is_ending: entry.wanted != Wanted::Run,
+            is_ending: entry.wanted != Wanted::Run || entry.ailing.is_some(),
+            is_recovering: entry.recovery.is_some(),
+            attempt: entry.status.attempt,
+            is_launched: entry.launched,
         };
         inner.entries.values().map(known).collect()
     }
@@ -522,6 +620,11 @@ impl Registry {
     /// Which acceptance of a workload is here; `None` when there is none.
     pub fn uid(&self, id: &WorkloadId) -> Option<Arc<str>> {
         self.lock().entries.get(id).map(|entry| Arc::clone(&entry.uid))
+    }
+
+    /// A workload, if this acceptance of it is here.
+    pub fn workload(&self, id: &WorkloadId, uid: &str) -> Option<Workload> {
+        self.lock().entries.get(id).filter(|entry| *entry.uid == *uid).map(|entry| (*entry.workload).clone())
     }
 
     /// Whether a sandbox of this acceptance has an owner, or may be about to get one.
@@ -547,119 +650,49 @@ impl Registry {
         }
     }
 
-    fn finish_start(&self, id: &WorkloadId, result: Result<(Started, bool), StartError>) {
-        let mut inner = self.lock();
-        let Some(entry) = inner.entries.get_mut(id) else { return };
-        entry.work = Work::Idle;
-        entry.status.observed_at = Timestamp::now();
-        match result {
-            Ok((started, own_kernel)) => {
-                let [pull, sandbox, create, start] = started.steps_ms.map(Some);
-                entry.become_state(State::Running);
-                entry.failures = 0;
-                entry.probe = if own_kernel { Probe::Due } else { Probe::Over };
-                entry.ttl = entry.workload.spec.ttl_ms.map(|ms| Deadline::within_ms(ms, "ttl"));
-                entry.made =
-                    Some(Made { sandbox_id: started.sandbox_id.clone(), container_id: started.container_id.clone(), retired: false });
-                let status = &mut entry.status;
-                status.reason = None;
-                status.message = None;
-                status.phase = if entry.wanted == Wanted::Run { None } else { Some(Phase::Stopping) };
-                status.sandbox_id = Some(started.sandbox_id);
-                status.container_id = Some(started.container_id);
-                status.image_digest = started.image_digest;
-                status.ip = started.ip;
-                status.isolation = self.isolation(&started.handler, own_kernel);
-                status.handler = Some(started.handler);
-                status.timings_ms = Timings { pull, sandbox, create, start, total: Some(entry.accepted.elapsed_ms()) };
-                match started.observed {
-                    Observed::Running(since) => status.started_at = since,
-                    // Over before we looked: it ran all the same, and whoever watches sees both.
-                    Observed::Ended(ending) => {
-                        status.started_at = ending.started_at;
-                        self.publish(&mut inner, id, EventKind::Modified);
-                        let Some(entry) = inner.entries.get_mut(id) else { return };
-                        entry.ended(ending);
-                    }
-                    Observed::Created | Observed::Unknown => {}
-                }
-            }
-            Err(error) if error.retriable && entry.wanted == Wanted::Run && entry.start_deadline.left().is_ok() => {
-                entry.status.attempt += 1;
-                entry.status.phase = None;
-                entry.status.reason = Some(error.reason);
-                entry.status.message.get_or_insert_with(|| error.message.clone());
-                entry.fail_chore(error.message);
-            }
-            Err(error) => {
-                let (reason, message) = match entry.wanted.clone() {
-                    Wanted::Stop { reason, message } => (reason, message.unwrap_or(error.message)),
-                    Wanted::Delete => (Reason::Stopped, error.message),
-                    Wanted::Run => (error.reason, error.message),
-                };
-                entry.give_up(reason, message);
-            }
-        }
-        self.publish(&mut inner, id, EventKind::Modified);
-    }
-
-    fn finish_end(&self, id: &WorkloadId, result: Result<EndStep, String>) {
-        let mut inner = self.lock();
-        let Some(entry) = inner.entries.get_mut(id) else { return };
-        entry.work = Work::Idle;
-        match result {
-            Ok(EndStep::Ended(ending)) => {
-                entry.failures = 0;
-                entry.ended(ending);
-            }
-            Ok(EndStep::Asked) => {
-                let kill = Deadline::within_ms(entry.grace_ms().saturating_sub(limits::STOP_WAIT_MS), "grace");
-                entry.kill = Some(kill);
-                entry.retry = Some(kill);
-            }
-            Ok(EndStep::Gone) => {
-                entry.failures = 0;
-                let version = entry.version;
-                drop(inner);
-                return self.vanished(id, version);
-            }
-            Ok(EndStep::Removed) => {
-                let spec_bytes = entry.spec_bytes;
-                // Nothing is to be done about it any more, so its last event must not queue anything.
-                entry.work = Work::Doing;
-                self.publish(&mut inner, id, EventKind::Deleted);
-                inner.entries.remove(id);
-                inner.specs_bytes = inner.specs_bytes.saturating_sub(spec_bytes);
-                drop(inner);
-                self.changed.notify_all();
-                return;
-            }
-            Ok(EndStep::Retired) => {
-                entry.failures = 0;
-                if let Some(made) = &mut entry.made {
-                    made.retired = true;
-                }
-                // Nothing a watcher sees has changed.
-                return self.assign(&mut inner, id);
-            }
-            Err(message) => entry.fail_chore(message),
-        }
-        self.publish(&mut inner, id, EventKind::Modified);
-    }
-
-    /// Counts a change, tells the watchers, wakes who waits, and hands out what the change calls for.
+    /// Counts a change, and hands out what it calls for. It is told at once, or when it is saved.
     fn publish(&self, inner: &mut Inner, id: &WorkloadId, kind: EventKind) {
-        inner.revision += 1;
-        let revision = inner.revision;
-        if let Some(entry) = inner.entries.get_mut(id) {
-            entry.version = revision;
-            if !inner.watchers.is_empty() {
-                let event = Arc::new(Event { revision, event: kind, object: entry.object() });
-                // Dropping the sender of a watcher that is too slow, or gone, is how it learns.
-                inner.watchers.retain(|watcher| watcher.events.try_send(Arc::clone(&event)).is_ok());
+        inner.version += 1;
+        let Some(entry) = inner.entries.get_mut(id) else { return };
+        entry.version = inner.version;
+        match &mut inner.dirty {
+            Some(dirty) if entry.ledger.change > entry.ledger.saved => {
+                dirty.insert(id.clone());
+                self.unsaved.notify_one();
             }
+            Some(_) => {}
+            None => entry.ledger.saved = entry.ledger.change,
         }
-        self.assign(inner, id);
+        if entry.ledger.owed != Some(EventKind::Added) {
+            entry.ledger.owed = Some(kind);
+        }
+        self.release(inner, id);
+    }
+
+    /// Tells what was held back, if it may be told now, and hands out what it calls for.
+    fn release(&self, inner: &mut Inner, id: &WorkloadId) {
+        let Some(entry) = inner.entries.get_mut(id) else { return };
+        if !entry.ledger.is_settled() {
+            return;
+        }
+        entry.ledger.shown = None;
+        if let Some(kind) = entry.ledger.owed.take() {
+            inner.revision += 1;
+            let event = Arc::new(Event { revision: inner.revision, event: kind, object: entry.object() });
+            // Dropping the sender of a watcher that is too slow, or gone, is how it learns.
+            inner.watchers.retain(|watcher| watcher.events.try_send(Arc::clone(&event)).is_ok());
+            if inner.history.len() >= limits::WATCH_HISTORY_MAX {
+                inner.history.pop_front();
+            }
+            inner.history.push_back(event);
+        }
+        if entry.ledger.is_forgotten {
+            let spec_bytes = entry.spec_bytes;
+            inner.entries.remove(id);
+            inner.specs_bytes = inner.specs_bytes.saturating_sub(spec_bytes);
+        } else {
+            self.assign(inner, id);
+        }
         self.changed.notify_all();
     }
 
@@ -669,9 +702,14 @@ impl Registry {
         let is_probe_due = entry.probe == Probe::Due
             && entry.state == State::Running
             && entry.wanted == Wanted::Run
+            && entry.recovery.is_none()
             && entry.probe_retry.is_none_or(|(retry, _)| retry.left().is_err());
         if is_probe_due && self.queues.probes.try_send(id.clone()).is_ok() {
             entry.probe = Probe::Queued;
+        }
+        let is_check_due = entry.health.due.is_some_and(|due| due.left().is_err()) && entry.recovery.is_none();
+        if is_check_due && !entry.health.is_queued && self.queues.checks.try_send(id.clone()).is_ok() {
+            entry.health.is_queued = true;
         }
         if entry.work != Work::Idle {
             return;
@@ -679,7 +717,7 @@ impl Registry {
         let Some(chore) = entry.chore() else { return };
         let queue = match chore {
             Chore::Start => &self.queues.starts,
-            Chore::Remove | Chore::Retire | Chore::Stop => &self.queues.ends,
+            Chore::Clear | Chore::Remove | Chore::Retire | Chore::Stop => &self.queues.ends,
         };
         if queue.try_send(id.clone()).is_ok() {
             entry.work = Work::Queued(chore);
@@ -732,8 +770,14 @@ fn present(inner: &mut Inner, workload: &Workload) -> Option<Result<(State, Stat
     if !entry.is_env_known {
         entry.workload = Arc::new(workload.clone());
         entry.is_env_known = true;
+        entry.ledger.is_accept_saved = false;
+        entry.touch();
+        let answer = seen(entry);
+        // Whatever is saved next takes this along.
+        inner.mark(&workload.id);
+        return Some(Ok(answer));
     }
-    Some(Ok((entry.state, entry.status.clone())))
+    Some(Ok(seen(entry)))
 }
 
 /// Whether the same was asked for before. After an adoption the values of the environment are unknown, and only its names count.
@@ -747,118 +791,10 @@ fn is_same(entry: &Entry, workload: &Workload) -> bool {
     names_agree && known == *workload
 }
 
-/// A start in flight. Dropped unfinished, by a panic, it marks the workload failed.
-pub struct StartTicket<'a> {
-    registry: &'a Registry,
-    id: WorkloadId,
-    /// What to start.
-    pub workload: Arc<Workload>,
-    /// Which acceptance of it.
-    pub uid: Arc<str>,
-    /// As what.
-    pub class: Arc<Class>,
-    /// On which runtime.
-    pub endpoint: usize,
-    /// As which sandbox.
-    pub attempt: u32,
-    /// Until when.
-    pub deadline: Deadline,
-    cancel: Arc<AtomicBool>,
-    is_over: bool,
-}
-
-impl StartTicket<'_> {
-    /// Records the outcome; with a start that worked, whether its class has to show a kernel of its own.
-    pub fn finish(mut self, result: Result<(Started, bool), StartError>) {
-        self.is_over = true;
-        self.registry.finish_start(&self.id, result);
-    }
-}
-
-impl Progress for StartTicket<'_> {
-    fn enter(&self, phase: Phase) {
-        let mut inner = self.registry.lock();
-        if let Some(entry) = inner.entries.get_mut(&self.id) {
-            if entry.wanted == Wanted::Run {
-                entry.status.phase = Some(phase);
-                self.registry.publish(&mut inner, &self.id, EventKind::Modified);
-            }
-        }
-    }
-
-    fn sandbox(&self, sandbox_id: &str) {
-        if let Some(entry) = self.registry.lock().entries.get_mut(&self.id) {
-            entry.status.sandbox_id = Some(sandbox_id.to_owned());
-        }
-    }
-
-    fn is_cancelled(&self) -> bool {
-        self.cancel.load(Ordering::SeqCst)
-    }
-}
-
-impl Drop for StartTicket<'_> {
-    fn drop(&mut self) {
-        if !self.is_over {
-            let message = "the agent failed while it started the workload; its log says more".to_owned();
-            self.registry.finish_start(&self.id, Err(StartError { reason: Reason::CreateFailed, message, retriable: false }));
-        }
-    }
-}
-
-/// An end in flight. Dropped unfinished, it is tried again.
-pub struct EndTicket<'a> {
-    registry: &'a Registry,
-    id: WorkloadId,
-    /// Which acceptance of it.
-    pub uid: Arc<str>,
-    /// What to do.
-    pub chore: Chore,
-    /// The runtime that has it.
-    pub endpoint: usize,
-    /// Its sandbox, where one was made.
-    pub sandbox_id: Option<String>,
-    /// Its container, where a start worked.
-    pub container_id: Option<String>,
-    /// Between the polite signal and the kill, milliseconds.
-    pub grace_ms: u64,
-    is_over: bool,
-}
-
-/// What a worker brought about.
-#[derive(Debug)]
-pub enum EndStep {
-    /// The container was asked to end, and has its grace.
-    Asked,
-    /// The container ended.
-    Ended(Ending),
-    /// The runtime has no such container.
-    Gone,
-    /// Sandbox, container and logs are removed.
-    Removed,
-    /// The sandbox is stopped.
-    Retired,
-}
-
-impl EndTicket<'_> {
-    /// Whose.
-    pub fn id(&self) -> &WorkloadId {
-        &self.id
-    }
-
-    /// Records the outcome; a failure, in words, is tried again.
-    pub fn finish(mut self, result: Result<EndStep, String>) {
-        self.is_over = true;
-        self.registry.finish_end(&self.id, result);
-    }
-}
-
-impl Drop for EndTicket<'_> {
-    fn drop(&mut self) {
-        if !self.is_over {
-            self.registry.finish_end(&self.id, Err("the agent failed while it ended the workload; its log says more".into()));
-        }
-    }
+/// What may be told of an entry.
+fn seen(entry: &Entry) -> (State, Status) {
+    let (state, status) = entry.view();
+    (state, status.clone())
 }
 
 #[cfg(test)]

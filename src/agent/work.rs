@@ -9,15 +9,16 @@ use std::path::{Path, PathBuf};
 
 use super::Agent;
 use super::node;
-use super::registry::{Chore, EndStep, EndTicket, StartTicket};
+use super::registry::{CheckUp, Chore, EndStep, EndTicket, StartTicket};
 use crate::cri::proto::AuthConfig;
 use crate::cri::runtime::{self, Observed, Order, Seen, StartError, Started};
 use crate::deadline::Deadline;
 use crate::grpc::{Code, ErrorKind};
 use crate::limits;
+use crate::net::{Address, Stream};
 use crate::report::{Chain, clip};
 use crate::wire::{docker, workload as wire_workload};
-use crate::workload::{Mount, Reason, Workload, WorkloadId};
+use crate::workload::{Check, Mount, Reason, Workload, WorkloadId};
 
 /// Starts a workload.
 pub fn start(agent: &Agent, id: &WorkloadId) {
@@ -113,7 +114,7 @@ pub fn end(agent: &Agent, id: &WorkloadId) {
     match &result {
         Ok(EndStep::Ended(ending)) => log::info!("workload {id}: stopped, exit code {:?}", ending.exit_code),
         Ok(EndStep::Removed) => log::info!("workload {id}: removed"),
-        Ok(EndStep::Asked | EndStep::Gone | EndStep::Retired) => log::debug!("workload {id}: {result:?}"),
+        Ok(EndStep::Asked | EndStep::Cleared | EndStep::Gone | EndStep::Retired) => log::debug!("workload {id}: {result:?}"),
         Err(message) => log::warn!("workload {id}: {:?} failed, to be repeated: {message}", ticket.chore),
     }
     ticket.finish(result);
@@ -126,7 +127,11 @@ fn end_ticket(agent: &Agent, ticket: &EndTicket<'_>) -> Result<EndStep, String> 
     match ticket.chore {
         Chore::Stop => {
             let Some(container_id) = &ticket.container_id else { return Ok(EndStep::Gone) };
-            stop(client, container_id, ticket.grace_ms)
+            stop(client, container_id, ticket.grace_ms, ticket.failures)
+        }
+        Chore::Clear => {
+            let sandbox_id = ticket.sandbox_id.as_deref().unwrap_or_default();
+            runtime::remove_sandbox(client, sandbox_id, deadline).map(|()| EndStep::Cleared).map_err(|e| words(&e))
         }
         Chore::Retire => {
             let sandbox_id = ticket.sandbox_id.as_deref().unwrap_or_default();
@@ -148,12 +153,13 @@ fn end_ticket(agent: &Agent, ticket: &EndTicket<'_>) -> Result<EndStep, String> 
 }
 
 /// Stops a container. One that has a long grace, and takes it, does not hold a worker meanwhile: the runtime goes on without a
-/// listener, and nothing is lost (containerd sends the polite signal once, whoever waits).
-fn stop(client: &crate::cri::Client, container_id: &str, grace_ms: u64) -> Result<EndStep, String> {
+/// listener, and nothing is lost (containerd sends the polite signal once, whoever waits). One that the runtime fails to stop is
+/// given more time each time: a machine that is busy enough needs it.
+fn stop(client: &crate::cri::Client, container_id: &str, grace_ms: u64, failures: u32) -> Result<EndStep, String> {
     // CRI counts in seconds; half a second of grace is better rounded up than down to none.
     let grace_s = i64::try_from(grace_ms.div_ceil(1000)).unwrap_or(i64::MAX);
     let is_long = grace_ms > limits::STOP_WAIT_MS;
-    let wait_ms = if is_long { limits::STOP_WAIT_MS } else { grace_ms.saturating_add(limits::CRI_STOP_MARGIN_MS) };
+    let wait_ms = if is_long { limits::STOP_WAIT_MS } else { grace_ms.saturating_add(limits::CRI_STOP_MARGIN_MS << failures.min(3)) };
     let stopped = client.stop_container(container_id, grace_s, Deadline::within_ms(wait_ms, "stop"));
     // Whatever it answered, its own view of the container decides.
     let quick = Deadline::within_ms(limits::CRI_QUICK_MS_MAX, "stop");
@@ -234,5 +240,58 @@ pub fn probe(agent: &Agent, id: &WorkloadId) {
     match runtime::probe_kernel(&agent.endpoint(endpoint).client, &container_id) {
         Ok(kernel) => agent.registry.finish_probe(id, &container_id, kernel),
         Err(error) => agent.registry.retry_probe(id, &container_id, &clip(Chain(&error).to_string(), limits::MESSAGE_BYTES_MAX)),
+    }
+}
+
+/// Asks a workload how it is, in the way it asked for.
+pub fn check(agent: &Agent, id: &WorkloadId) {
+    let Some(CheckUp { endpoint, container_id, ip, health }) = agent.registry.begin_check(id) else { return };
+    let deadline = Deadline::within_ms(health.timeout_ms, "health check");
+    let address = |port: u16| match ip.as_deref().map(str::parse::<std::net::IpAddr>) {
+        Some(Ok(ip)) => Ok(Address::Tcp((ip, port).into())),
+        Some(Err(_)) | None => Err("the runtime gives its sandbox no address".to_owned()),
+    };
+    let connect = |port| address(port).and_then(|at| Stream::connect(&at, deadline).map_err(|e| Chain(&e).to_string()));
+    let result = match &health.check {
+        Check::Exec(command) => exec_check(&agent.endpoint(endpoint).client, &container_id, command, health.timeout_ms),
+        Check::Http { port, path } => connect(*port).and_then(|stream| http_check(stream, path, deadline)),
+        Check::Tcp { port } => connect(*port).map(drop),
+    };
+    agent.registry.finish_check(id, &container_id, result);
+}
+
+fn exec_check(client: &crate::cri::Client, container_id: &str, command: &[String], timeout_ms: u64) -> Result<(), String> {
+    // CRI counts in seconds. Our own deadline is exact, but leaves the command running; the runtime's ends it a little later.
+    let timeout_s = i64::try_from(timeout_ms.div_ceil(1000)).unwrap_or(1);
+    let deadline = Deadline::within_ms(timeout_ms, "health check");
+    match client.exec_sync(container_id, command, timeout_s, deadline) {
+        Ok(answer) if answer.exit_code == 0 => Ok(()),
+        Ok(answer) => {
+            let said = String::from_utf8_lossy(if answer.stderr.is_empty() { &answer.stdout } else { &answer.stderr }).trim().to_owned();
+            Err(clip(format!("exit code {}: {said}", answer.exit_code), limits::MESSAGE_BYTES_MAX / 2))
+        }
+        Err(error) => Err(clip(Chain(&error).to_string(), limits::MESSAGE_BYTES_MAX / 2)),
+    }
+}
+
+/// One GET; the status line is all that is read of the answer (RFC 9112, section 4).
+fn http_check(mut stream: Stream, path: &str, deadline: Deadline) -> Result<(), String> {
+    let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nUser-Agent: kakuri-agent\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes(), deadline).map_err(|e| Chain(&e).to_string())?;
+    let mut head = Vec::new();
+    let mut chunk = [0; 256];
+    while !head.contains(&b'\n') && head.len() < limits::HEALTH_ANSWER_BYTES_MAX {
+        let read = stream.read(&mut chunk, deadline).map_err(|e| Chain(&e).to_string())?;
+        if read == 0 {
+            break;
+        }
+        head.extend_from_slice(chunk.get(..read).unwrap_or_default());
+    }
+    let line = head.split(|b| *b == b'\n').next().unwrap_or_default();
+    let status = line.strip_prefix(b"HTTP/1.").and_then(|rest| rest.get(2..5)).and_then(|digits| std::str::from_utf8(digits).ok());
+    match status.and_then(|digits| digits.parse::<u16>().ok()) {
+        Some(200..=399) => Ok(()),
+        Some(status) => Err(format!("GET {path} was answered with status {status}")),
+        None => Err(format!("GET {path} was not answered in HTTP")),
     }
 }

@@ -122,7 +122,7 @@ pub(super) fn run(plane: &Plane, node: &Node) {
 
 /// Follows the agent's events until they end; `was_watched` says whether any came.
 fn watch(plane: &Plane, node: &Node, was_watched: &mut bool) -> Result<(), Error> {
-    let mut replies = node.client.stream(&Request::Watch, Deadline::within_ms(limits::NODE_REQUEST_MS_MAX, "Watch"))?;
+    let mut replies = node.client.stream(&Request::Watch { since: None }, Deadline::within_ms(limits::NODE_REQUEST_MS_MAX, "Watch"))?;
     plane.nudge_all_on(&node.name);
     let silence = || Deadline::within_ms(limits::WATCH_SILENCE_MS_MAX, "watch");
     // A node that is not ready is asked again soon: it may have begun a moment ago.

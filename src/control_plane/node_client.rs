@@ -167,7 +167,7 @@ fn is_idempotent(request: &Request) -> bool {
         | Request::Ping
         | Request::StartWorkload { .. }
         | Request::StopWorkload { .. }
-        | Request::Watch => true,
+        | Request::Watch { .. } => true,
     }
 }
 

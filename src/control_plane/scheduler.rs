@@ -130,6 +130,8 @@ pub(crate) mod tests {
             host_kernel: "6".into(),
             started_at,
             observed_at: None,
+            stopping: 0,
+            oldest_stopping_ms: 0,
         }
     }
 

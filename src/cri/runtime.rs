@@ -86,6 +86,11 @@ pub trait Progress {
     fn enter(&self, phase: Phase);
     /// A sandbox exists.
     fn sandbox(&self, sandbox_id: &str);
+    /// The user's code may run from now on.
+    ///
+    /// # Errors
+    /// Why it must not.
+    fn launch(&self) -> Result<(), String>;
     /// Whether somebody wants the workload no more.
     fn is_cancelled(&self) -> bool;
 }
@@ -182,6 +187,9 @@ fn run_steps(
     let create_ms = step_ms();
 
     enter(progress, Phase::Starting, deadline)?;
+    let journal =
+        |why| StartError { reason: Reason::StartFailed, message: format!("the start could not be written down: {why}"), retriable: true };
+    progress.launch().map_err(journal)?;
     let status = start_container(client, &container_id, deadline)?;
     let start_ms = step_ms();
 

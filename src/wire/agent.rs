@@ -8,6 +8,7 @@
 //! - `StopWorkload` without `wait_ms` answers at once. `DeleteWorkload` answers `Deleted` when nothing is left, `NotFound` when
 //!   nothing was there, and `DeadlineExceeded` when it takes longer than `wait_ms`: then it goes on, and a `DELETED` event tells its end.
 //! - `GetStatus` with `wait_ms` is answered with `NotFound` when the workload goes away meanwhile.
+//! - `Watch` with `since` begins with every event since that revision, or is refused with `NotFound` when they are not kept any more.
 //! - `Watch` begins with `ADDED` for everything there is, and a `Heartbeat` that ends the list.
 //! - `GetLogs` refuses with its first line, or ends with `LogEnd`; with `follow` there may be `Heartbeat`s between.
 
@@ -80,7 +81,10 @@ pub enum Request {
         wait_ms: Option<u64>,
     },
     /// Sends an event for every change from now on.
-    Watch,
+    Watch {
+        /// And for every change since the one of this revision, in place of the list of what there is.
+        since: Option<u64>,
+    },
 }
 
 /// Which part of a workload's output.
@@ -210,7 +214,7 @@ impl Request {
                 json!({"type": "StartWorkload", "workload": workload::to_map(workload), "wait_ms": wait_ms})
             }
             Self::StopWorkload { id, wait_ms } => json!({"type": "StopWorkload", "id": id.as_str(), "wait_ms": wait_ms}),
-            Self::Watch => json!({"type": "Watch"}),
+            Self::Watch { since } => json!({"type": "Watch", "since": since}),
         };
         let mut line = value.to_string().into_bytes();
         line.push(b'\n');
@@ -219,6 +223,9 @@ impl Request {
 }
 
 /// The types of requests, for the error that lists them.
+/// The largest whole number that every reader of JSON keeps exactly (RFC 8259, section 6).
+const REVISION_MAX: u64 = (1 << 53) - 1;
+
 const TYPES: &str = "Auth, DeleteWorkload, Exec, GetLogs, GetNode, GetStatus, ListWorkloads, Ping, StartWorkload, StopWorkload, Watch";
 
 fn read(fields: &mut Fields<'_>) -> (Option<Request>, Option<String>) {
@@ -288,7 +295,7 @@ fn read(fields: &mut Fields<'_>) -> (Option<Request>, Option<String>) {
             let (id, wait_ms) = (id(fields, &mut named), wait_ms(fields));
             id.map(|id| Request::StopWorkload { id, wait_ms })
         }
-        "Watch" => Some(Request::Watch),
+        "Watch" => Some(Request::Watch { since: fields.integer("since", 0, REVISION_MAX) }),
         _ => {
             fields.problem("type", format!("unknown type; must be one of {TYPES}"));
             None
@@ -485,6 +492,12 @@ pub struct Node {
     pub started_at: Timestamp,
     /// When the runtime last answered a relist.
     pub observed_at: Option<Timestamp>,
+    /// Workloads that are being stopped or deleted.
+    #[serde(default)]
+    pub stopping: u64,
+    /// For how long the longest of them, milliseconds.
+    #[serde(default)]
+    pub oldest_stopping_ms: u64,
 }
 
 /// A statement on a node's health.
@@ -578,7 +591,8 @@ mod tests {
     fn requests_read_what_they_write() {
         round_trip(&Request::Ping);
         round_trip(&Request::GetNode);
-        round_trip(&Request::Watch);
+        round_trip(&Request::Watch { since: None });
+        round_trip(&Request::Watch { since: Some(7) });
         round_trip(&Request::Auth { token: "t".into() });
         round_trip(&Request::GetStatus { id: id(), wait: None });
         round_trip(&Request::GetStatus { id: id(), wait: Some((Until::Terminal, 5)) });

@@ -7,7 +7,8 @@ use serde_json::{Map, Value, json};
 use super::json::{Fields, Problems, text};
 use crate::limits;
 use crate::workload::{
-    CAPABILITIES_DEFAULT, Draft, ImageRef, Mount, Name, Port, Protocol, PullPolicy, Secret, Spec, User, Workload, WorkloadId,
+    CAPABILITIES_DEFAULT, Check, Draft, Health, ImageRef, Mount, Name, Port, Protocol, PullPolicy, Restart, RestartPolicy, Secret, Spec,
+    User, Workload, WorkloadId,
 };
 
 /// Reads a workload in which id and class may still be missing.
@@ -68,6 +69,8 @@ fn read(value: Value, pointer: &str, problems: &mut Problems) -> Option<Draft> {
         ttl_ms: fields.integer("ttl_ms", 1, limits::TTL_MS_MAX),
         stop_grace_ms: fields.integer("stop_grace_ms", 0, limits::STOP_GRACE_MS_MAX).unwrap_or(limits::STOP_GRACE_MS_DEFAULT),
         node_selector: labels(&mut fields, "node_selector"),
+        restart: restart(&mut fields),
+        health: health(&mut fields),
     };
     if spec.working_dir.as_deref().is_some_and(|dir| !is_plain_absolute(dir)) {
         fields.problem("working_dir", PATH_RULE);
@@ -79,17 +82,78 @@ fn read(value: Value, pointer: &str, problems: &mut Problems) -> Option<Draft> {
 
 /// Fields of the contract whose behaviour this version does not have: only the value that asks for nothing is accepted.
 fn not_yet(fields: &mut Fields<'_>) {
-    if fields.take("restart_policy").is_some_and(|v| v != "never") {
-        fields.problem("restart_policy", "only never is supported by this version");
-    }
     if fields.take("on_node_lost").is_some_and(|v| v != "keep") {
         fields.problem("on_node_lost", "only keep is supported by this version");
     }
-    for name in ["restart_max_attempts", "restart_backoff_ms", "health"] {
-        if fields.take(name).is_some() {
-            fields.problem(name, "is not supported by this version");
-        }
+}
+
+fn restart(fields: &mut Fields<'_>) -> Restart {
+    let policy = fields.one_of("restart_policy", RestartPolicy::ALL, RestartPolicy::as_str).unwrap_or(RestartPolicy::Never);
+    let attempts_max = fields.integer("restart_max_attempts", 1, limits::RESTART_ATTEMPTS_MAX);
+    let mut ms = |name, min| fields.integer(name, min, limits::RESTART_MS_MAX);
+    let backoff_ms = ms("restart_backoff_ms", limits::RESTART_BACKOFF_MS_MIN);
+    let backoff_ms_max = ms("restart_backoff_max_ms", limits::RESTART_BACKOFF_MS_MIN);
+    let reset_ms = ms("restart_reset_ms", 1);
+    let given = [
+        ("restart_max_attempts", attempts_max),
+        ("restart_backoff_ms", backoff_ms),
+        ("restart_backoff_max_ms", backoff_ms_max),
+        ("restart_reset_ms", reset_ms),
+    ];
+    for (name, _) in given.into_iter().filter(|(_, value)| value.is_some() && policy == RestartPolicy::Never) {
+        fields.problem(name, "needs a restart_policy of on-failure or always");
     }
+    if backoff_ms.zip(backoff_ms_max).is_some_and(|(least, most)| least > most) {
+        fields.problem("restart_backoff_max_ms", "must not be less than restart_backoff_ms");
+    }
+    let backoff_ms = backoff_ms.unwrap_or(Restart::NEVER.backoff_ms);
+    Restart {
+        policy,
+        attempts_max,
+        backoff_ms,
+        backoff_ms_max: backoff_ms_max.unwrap_or(Restart::NEVER.backoff_ms_max).max(backoff_ms),
+        reset_ms: reset_ms.unwrap_or(Restart::NEVER.reset_ms),
+    }
+}
+
+fn health(fields: &mut Fields<'_>) -> Option<Health> {
+    let pointer = format!("{}/health", fields.pointer());
+    let mut inner = fields.take("health").and_then(|value| Fields::of(value, &pointer, fields.problems()))?;
+    let exec = inner.texts("exec", limits::WORDS_MAX, limits::WORD_BYTES_MAX);
+    let exec = (!exec.is_empty()).then_some(Check::Exec(exec));
+    let (tcp, http) = (endpoint(&mut inner, "tcp"), endpoint(&mut inner, "http"));
+    let interval_ms = inner.integer("interval_ms", limits::HEALTH_INTERVAL_MS_MIN, limits::HEALTH_INTERVAL_MS_MAX);
+    let timeout_ms = inner.integer("timeout_ms", 1, limits::HEALTH_TIMEOUT_MS_MAX);
+    let failures_max = inner.integer("failures", 1, limits::HEALTH_FAILURES_MAX);
+    let mut checks = [exec, tcp, http].into_iter().flatten();
+    let check = checks.next();
+    let is_one = check.is_some() && checks.next().is_none();
+    inner.finish();
+    if !is_one {
+        fields.problem("health", "must have exactly one of exec, tcp and http");
+    }
+    Some(Health {
+        check: check?,
+        interval_ms: interval_ms.unwrap_or(limits::HEALTH_INTERVAL_MS_DEFAULT),
+        timeout_ms: timeout_ms.unwrap_or(limits::HEALTH_TIMEOUT_MS_DEFAULT),
+        failures_max: failures_max.unwrap_or(limits::HEALTH_FAILURES_DEFAULT),
+    })
+}
+
+/// `tcp: {port}` or `http: {port, path}`.
+fn endpoint(health: &mut Fields<'_>, name: &'static str) -> Option<Check> {
+    let pointer = format!("{}/{name}", health.pointer());
+    let mut fields = health.take(name).and_then(|value| Fields::of(value, &pointer, health.problems()))?;
+    let port = fields.integer("port", 1, u64::from(u16::MAX));
+    let port = fields.required("port", port);
+    let path = if name == "http" { fields.text("path", limits::PATH_BYTES_MAX) } else { None };
+    // It becomes part of a request's first line.
+    if path.as_deref().is_some_and(|path| !path.starts_with('/') || !path.bytes().all(|b| b.is_ascii_graphic())) {
+        fields.problem("path", "must begin with / and be printable ASCII without spaces");
+    }
+    fields.finish();
+    let port = u16::try_from(port?).ok()?;
+    Some(if name == "http" { Check::Http { port, path: path.unwrap_or_else(|| "/".to_owned()) } } else { Check::Tcp { port } })
 }
 
 const PATH_RULE: &str = "must be an absolute path without . or .. segments";
@@ -203,6 +267,8 @@ pub fn to_map(workload: &Workload) -> Map<String, Value> {
         ttl_ms,
         stop_grace_ms,
         node_selector,
+        restart,
+        health,
     } = spec;
     let mut map = Map::new();
     let mut put = |name: &str, value: Value| {
@@ -244,7 +310,30 @@ pub fn to_map(workload: &Workload) -> Map<String, Value> {
     put("ttl_ms", (*ttl_ms).into());
     put("stop_grace_ms", (*stop_grace_ms).into());
     put("node_selector", json!(node_selector));
+    let Restart { policy, attempts_max, backoff_ms, backoff_ms_max, reset_ms } = *restart;
+    put("restart_policy", policy.as_str().into());
+    if policy != RestartPolicy::Never {
+        put("restart_max_attempts", attempts_max.into());
+        put("restart_backoff_ms", backoff_ms.into());
+        put("restart_backoff_max_ms", backoff_ms_max.into());
+        put("restart_reset_ms", reset_ms.into());
+    }
+    put("health", health.as_ref().map_or(Value::Null, health_value));
     map
+}
+
+fn health_value(health: &Health) -> Value {
+    let Health { check, interval_ms, timeout_ms, failures_max } = health;
+    let mut value = json!({"interval_ms": interval_ms, "timeout_ms": timeout_ms, "failures": failures_max});
+    let (name, check) = match check {
+        Check::Exec(command) => ("exec", json!(command)),
+        Check::Http { port, path } => ("http", json!({"port": port, "path": path})),
+        Check::Tcp { port } => ("tcp", json!({"port": port})),
+    };
+    if let Value::Object(map) = &mut value {
+        map.insert(name.to_owned(), check);
+    }
+    value
 }
 
 #[cfg(test)]
@@ -272,7 +361,9 @@ mod tests {
             "ports":[{"container":80,"host":8080,"protocol":"udp"},{"container":81}],
             "mounts":[{"type":"host","source":"/srv/a","target":"/a","read_only":true}],"read_only_rootfs":true,
             "capabilities_add":["CAP_KILL"],"capabilities_drop":["ALL"],"pids_max":9,"image_pull":{"policy":"always","credentials":"c"},
-            "start_deadline_ms":1000,"ttl_ms":5,"stop_grace_ms":0,"node_selector":{"zone":"a"}}"#;
+            "start_deadline_ms":1000,"ttl_ms":5,"stop_grace_ms":0,"node_selector":{"zone":"a"},"restart_policy":"on-failure",
+            "restart_max_attempts":3,"restart_backoff_ms":200,"restart_backoff_max_ms":400,"restart_reset_ms":1000,
+            "health":{"http":{"port":80,"path":"/h"},"interval_ms":500,"timeout_ms":50,"failures":2}}"#;
         let mut problems = Problems::default();
         let first = complete(json::parse(body).expect("JSON"), "", &mut problems).expect("valid");
         let again = complete(Value::Object(to_map(&first)), "", &mut problems).expect("valid");
@@ -312,7 +403,17 @@ mod tests {
         check(r#""capabilities_add":["ALL"]"#, "/capabilities_add/0: must be one of");
         check(r#""image_pull":{"policy":"sometimes"}"#, "/image_pull/policy: must be one of always, if-not-present, never");
         check(r#""ttl_ms":0"#, "/ttl_ms: must be");
-        check(r#""restart_policy":"always""#, "/restart_policy: only never");
+        check(r#""restart_policy":"sometimes""#, "/restart_policy: must be one of always, never, on-failure");
+        check(r#""restart_backoff_ms":500"#, "/restart_backoff_ms: needs a restart_policy");
+        check(
+            r#""restart_policy":"always","restart_backoff_ms":500,"restart_backoff_max_ms":400"#,
+            "/restart_backoff_max_ms: must not be less",
+        );
+        check(r#""health":{}"#, "/health: must have exactly one of exec, tcp and http");
+        check(r#""health":{"tcp":{"port":1},"exec":["true"]}"#, "/health: must have exactly one of");
+        check(r#""health":{"tcp":{"port":0}}"#, "/health/tcp/port: must be a whole number from 1 to 65535");
+        check(r#""health":{"http":{"port":80,"path":"/a b"}}"#, "/health/http/path: must begin with /");
+        check(r#""health":{"exec":["true"],"interval_ms":1}"#, "/health/interval_ms: must be a whole number from 100");
         check(r#""privileged":true"#, "/privileged: unknown field");
         check(r#""annotations":{}"#, "/annotations: unknown field");
         check(r#""runtme_class":"x""#, "did you mean runtime_class?");

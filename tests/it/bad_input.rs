@@ -94,7 +94,7 @@ fn a_line_that_breaks_a_rule_hears_which() {
     check(&change(json!({"working_dir": "/a/../b"})), &[("/workload/working_dir", "must be an absolute path")]);
     check(&change(json!({"mounts": [{"source": "/", "target": "/x"}]})), &[("/workload/mounts/0/source", "must be an absolute path")]);
     check(&change(json!({"env": {"A=B": "x"}})), &[("/workload/env/A=B", "name must be")]);
-    check(&change(json!({"restart_policy": "always"})), &[("/workload/restart_policy", "only never")]);
+    check(&change(json!({"restart_policy": "sometimes"})), &[("/workload/restart_policy", "must be one of")]);
     // All of it at once.
     let many = change(json!({"id": "-", "memory_mb": 0, "cpu_millicores": 0, "x/y": 1, "user": 7}));
     check(

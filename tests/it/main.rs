@@ -17,6 +17,7 @@ mod faults;
 mod grpcio;
 mod isolation;
 mod lab;
+mod lifecycle;
 mod recovery;
 mod tidy;
 mod torture;

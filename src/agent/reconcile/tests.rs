@@ -17,6 +17,9 @@ fn known(state: State, attempt: u32, made: bool) -> Known {
         handler: made.then(|| "runsc".to_owned()),
         is_busy: false,
         is_ending: false,
+        is_recovering: false,
+        attempt,
+        is_launched: state != State::Pending,
     }
 }
 
@@ -128,11 +131,56 @@ fn another_handler_or_a_dead_sandbox_means_the_end() {
     let reasons = |seen: Seen, is_ending| {
         let known = Known { is_ending, ..known(State::Running, 0, true) };
         let actions = plan(&[known], &[seen], 0, false);
-        actions.into_iter().map(|a| if let Action::Kill { reason, .. } = a { Some(reason) } else { None }).collect::<Vec<_>>()
+        actions
+            .into_iter()
+            .map(|a| match a {
+                Action::Ail { .. } => Some(Reason::SandboxDied),
+                Action::Kill { .. } => Some(Reason::IsolationMismatch),
+                _ => None,
+            })
+            .collect::<Vec<_>>()
     };
     let lying = || Seen { handler: "runc".into(), ..seen(0, RUNNING) };
     assert_eq!(reasons(lying(), false), [Some(Reason::IsolationMismatch)]);
     assert_eq!(reasons(lying(), true), [], "it is said once");
     assert_eq!(reasons(Seen { is_ready: false, ..seen(0, RUNNING) }, false), [Some(Reason::SandboxDied)]);
     assert_eq!(reasons(Seen { is_ready: false, ..seen(0, EXITED) }, false), [None], "an exit code is worth asking for");
+}
+
+/// An entry that was read from a journal.
+fn journaled(state: State, attempt: u32, launched: bool) -> Known {
+    Known { is_recovering: true, is_launched: launched, ..known(state, attempt, state == State::Running) }
+}
+
+#[test]
+fn what_an_agent_before_was_about_to_start_is_taken_up_cleared_or_waited_for() {
+    let recover = |leftover: Option<Seen>| Action::Recover { id: id(), leftover };
+    // Nothing was made yet, or nothing is left.
+    check(&[journaled(State::Pending, 0, false)], &[], true, &[recover(None)]);
+    check(&[journaled(State::Pending, 0, true)], &[], true, &[recover(None)]);
+    // Half a start is cleared away before the next begins, on a later list as on the first.
+    for first in [true, false] {
+        check(&[journaled(State::Pending, 0, false)], &[seen(0, None)], first, &[recover(Some(seen(0, None)))]);
+        check(&[journaled(State::Pending, 0, false)], &[seen(0, CREATED)], first, &[recover(Some(seen(0, CREATED)))]);
+    }
+    // It ran, or runs.
+    check(&[journaled(State::Pending, 0, true)], &[seen(0, RUNNING)], true, &[Action::Adopt(seen(0, RUNNING))]);
+    check(&[journaled(State::Pending, 0, true)], &[seen(0, EXITED)], true, &[Action::Adopt(seen(0, EXITED))]);
+    // Whether it runs a moment later nobody knows.
+    check(&[journaled(State::Pending, 0, true)], &[seen(0, CREATED)], true, &[Action::Doubt { id: id(), seen: seen(0, CREATED) }]);
+    // What ended before the restart by policy is cleared away, and only the latest of several is this workload's.
+    check(&[journaled(State::Pending, 1, false)], &[seen(0, EXITED)], true, &[recover(Some(seen(0, EXITED)))]);
+    let two = [seen(0, EXITED), seen(1, CREATED)];
+    check(&[journaled(State::Pending, 1, false)], &two, true, &[Action::Sweep(seen(0, EXITED)), recover(Some(seen(1, CREATED)))]);
+    // Another acceptance of the id is nobody's.
+    let other = Seen { uid: "other".into(), ..seen(0, RUNNING) };
+    check(&[journaled(State::Pending, 0, false)], std::slice::from_ref(&other), true, &[Action::Sweep(other.clone()), recover(None)]);
+}
+
+#[test]
+fn what_ran_is_compared_before_its_recovery_is_over() {
+    let recover = Action::Recover { id: id(), leftover: None };
+    check(&[journaled(State::Running, 0, true)], &[seen(0, RUNNING)], true, &[confirm(), recover.clone()]);
+    check(&[journaled(State::Running, 0, true)], &[], true, &[Action::Vanished { id: id(), version: 7 }, recover.clone()]);
+    check(&[journaled(State::Failed, 0, true)], &[seen(0, EXITED)], true, &[Action::Sweep(seen(0, EXITED)), recover]);
 }

@@ -9,10 +9,11 @@ use crate::cri::runtime::{Class, Ending};
 use crate::deadline::{Deadline, Stopwatch, Timestamp};
 use crate::limits;
 use crate::report::clip;
-use crate::wire::agent::Object;
+use crate::wire::agent::{EventKind, Object};
+use crate::wire::record::{Ailing, Wanted};
 use crate::wire::status::Status;
 use crate::wire::workload::to_map;
-use crate::workload::{Reason, State, Workload};
+use crate::workload::{Reason, RestartPolicy, State, Workload};
 
 pub(super) struct Entry {
     pub(super) workload: Arc<Workload>,
@@ -30,8 +31,10 @@ pub(super) struct Entry {
     pub(super) wanted: Wanted,
     pub(super) work: Work,
     pub(super) probe: Probe,
-    /// The sandbox and container of a start that worked.
+    /// The sandbox and container of a start that worked, or what one before left behind.
     pub(super) made: Option<Made>,
+    /// The runtime may have been asked to run the container of this attempt.
+    pub(super) launched: bool,
     /// Set when nobody wants a start in flight any more.
     pub(super) cancel: Arc<AtomicBool>,
     pub(super) accepted: Stopwatch,
@@ -41,12 +44,70 @@ pub(super) struct Entry {
     pub(super) failures: u32,
     /// The polite signal was sent; the kill is due then.
     pub(super) kill: Option<Deadline>,
+    /// Since when it is to end.
+    pub(super) stopping: Option<Stopwatch>,
     /// When a probe that got no answer may be tried again, and how long the next pause is.
     pub(super) probe_retry: Option<(Deadline, u64)>,
-    /// When its time to live is over.
+    /// When its time to live is over: counted from when it first ran.
     pub(super) ttl: Option<Deadline>,
-    /// The registry's revision at its last change.
+    /// Restarts in a row, and when the present run has lasted long enough to end the row.
+    pub(super) streak: u64,
+    pub(super) is_proven: Option<Deadline>,
+    /// A restart is not due before this.
+    pub(super) restart: Option<Deadline>,
+    /// Why it is being ended although it is wanted.
+    pub(super) ailing: Option<Ailing>,
+    pub(super) health: Health,
+    /// It was read from the journal, and not compared yet with what its runtime has.
+    pub(super) recovery: Option<Recovery>,
+    /// It ran when the machine went down.
+    pub(super) is_rebooted: bool,
+    pub(super) ledger: Ledger,
+    /// Grows with every change.
     pub(super) version: u64,
+}
+
+/// What of an entry is on disk.
+///
+/// Invariant: what is `held` is neither told nor acted upon before `saved >= held`.
+#[derive(Debug, Default)]
+pub(super) struct Ledger {
+    /// Counts changes worth saving.
+    pub(super) change: u64,
+    /// The last of them that is on disk; 0 when there is nothing of it on disk.
+    pub(super) saved: u64,
+    /// The last of them that nobody may hear of before.
+    pub(super) held: u64,
+    /// What is told meanwhile.
+    pub(super) shown: Option<(State, Status)>,
+    /// The event to be told then.
+    pub(super) owed: Option<EventKind>,
+    /// What was asked for is on disk too.
+    pub(super) is_accept_saved: bool,
+    /// Its removal is complete, and it is to be forgotten.
+    pub(super) is_forgotten: bool,
+}
+
+impl Ledger {
+    pub(super) fn is_settled(&self) -> bool {
+        self.saved >= self.held
+    }
+}
+
+/// The comparison of a journal's entry with what its runtime has.
+#[derive(Debug, Default)]
+pub(super) struct Recovery {
+    /// Its container exists, and may be about to run: then it is known.
+    pub(super) doubt: Option<Deadline>,
+}
+
+/// Where its health check stands.
+#[derive(Debug, Default)]
+pub(super) struct Health {
+    pub(super) due: Option<Deadline>,
+    pub(super) is_queued: bool,
+    /// In a row.
+    pub(super) failures: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -55,14 +116,6 @@ pub(super) struct Made {
     pub(super) container_id: String,
     /// The sandbox was stopped; only its record is left at the runtime.
     pub(super) retired: bool,
-}
-
-/// What is wanted of a workload.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Wanted {
-    Delete,
-    Run,
-    Stop { reason: Reason, message: Option<String> },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,6 +136,8 @@ pub(super) enum Probe {
 /// What a workload needs done next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Chore {
+    /// Remove what an attempt before left at the runtime, so that the next can start.
+    Clear,
     /// Remove what is left at the runtime and on disk, and forget it.
     Remove,
     /// Stop the sandbox of a workload that ended: frees its network, its memory and its processes.
@@ -110,33 +165,69 @@ impl Entry {
             work: Work::Idle,
             probe: Probe::Over,
             made: None,
+            launched: false,
             cancel: Arc::default(),
             accepted: Stopwatch::start(),
             retry: None,
             failures: 0,
             kill: None,
+            stopping: None,
             probe_retry: None,
             ttl: None,
+            streak: 0,
+            is_proven: None,
+            restart: None,
+            ailing: None,
+            health: Health::default(),
+            recovery: None,
+            is_rebooted: false,
+            ledger: Ledger::default(),
             version: 0,
         }
     }
 
     pub(super) fn chore(&self) -> Option<Chore> {
-        if self.retry.is_some_and(|retry| retry.left().is_ok()) {
+        if self.recovery.is_some() || !self.ledger.is_settled() || self.retry.is_some_and(|retry| retry.left().is_ok()) {
             return None;
         }
-        let is_running = self.state == State::Running;
-        match &self.wanted {
+        match (&self.wanted, self.state) {
             // A runtime that does not stop a container may still remove its sandbox.
-            Wanted::Delete if is_running && self.failures >= STOP_FAILURES_MAX => Some(Chore::Remove),
-            Wanted::Delete | Wanted::Stop { .. } if is_running => Some(Chore::Stop),
-            Wanted::Delete => Some(Chore::Remove),
-            Wanted::Run if self.state == State::Pending => Some(Chore::Start),
-            Wanted::Run | Wanted::Stop { .. } => {
-                let retires = self.state.is_terminal() && self.made.as_ref().is_some_and(|m| !m.retired);
-                retires.then_some(Chore::Retire)
+            (Wanted::Delete, State::Running) if self.failures >= STOP_FAILURES_MAX => Some(Chore::Remove),
+            (Wanted::Delete | Wanted::Stop { .. }, State::Running) => Some(Chore::Stop),
+            (Wanted::Delete, State::Pending | State::Succeeded | State::Failed) => Some(Chore::Remove),
+            (Wanted::Run, State::Running) => self.ailing.is_some().then_some(Chore::Stop),
+            (Wanted::Run, State::Pending) if self.made.is_some() => Some(Chore::Clear),
+            (Wanted::Run, State::Pending) => self.restart.is_none_or(|restart| restart.left().is_err()).then_some(Chore::Start),
+            // It ends as soon as nobody is at work on it.
+            (Wanted::Stop { .. }, State::Pending) => None,
+            (Wanted::Run | Wanted::Stop { .. }, State::Succeeded | State::Failed) => {
+                self.made.as_ref().is_some_and(|m| !m.retired).then_some(Chore::Retire)
             }
         }
+    }
+
+    /// What may be told: nothing that is not on disk, where that matters.
+    pub(super) fn view(&self) -> (State, &Status) {
+        self.ledger.shown.as_ref().map_or((self.state, &self.status), |(state, status)| (*state, status))
+    }
+
+    /// There is something that may be told.
+    pub(super) fn is_visible(&self) -> bool {
+        self.ledger.saved > 0
+    }
+
+    /// Notes that what comes is to be saved.
+    pub(super) fn touch(&mut self) {
+        self.ledger.change += 1;
+    }
+
+    /// Notes that what comes is to be saved before anybody hears of it or acts upon it. Called before the change.
+    pub(super) fn hold(&mut self) {
+        if self.ledger.is_settled() && self.is_visible() {
+            self.ledger.shown = Some((self.state, self.status.clone()));
+        }
+        self.touch();
+        self.ledger.held = self.ledger.change;
     }
 
     pub(super) fn object(&self) -> Object {
@@ -144,7 +235,8 @@ impl Entry {
         if let (false, Some(serde_json::Value::Object(env))) = (self.is_env_known, spec.get_mut("env")) {
             env.values_mut().for_each(|value| *value = serde_json::Value::Null);
         }
-        Object { spec, state: self.state, status: Box::new(self.status.clone()) }
+        let (state, status) = self.view();
+        Object { spec, state, status: Box::new(status.clone()) }
     }
 
     pub(super) fn owns(&self, sandbox_id: &str) -> bool {
@@ -158,7 +250,9 @@ impl Entry {
         match &self.wanted {
             Wanted::Stop { reason: Reason::IsolationMismatch | Reason::SandboxDied, .. } => 0,
             Wanted::Stop { reason: Reason::TtlExpired, .. } => grace_ms.min(limits::FORCED_GRACE_MS_MAX),
-            Wanted::Delete | Wanted::Run | Wanted::Stop { .. } => grace_ms,
+            Wanted::Run if self.ailing.as_ref().is_some_and(|a| a.reason == Reason::SandboxDied) => 0,
+            Wanted::Run => grace_ms.min(limits::FORCED_GRACE_MS_MAX),
+            Wanted::Delete | Wanted::Stop { .. } => grace_ms,
         }
     }
 
@@ -169,6 +263,24 @@ impl Entry {
         } else {
             log::error!("workload {}: {} may not become {next}", self.workload.id, self.state);
         }
+    }
+
+    /// Its container runs, for the first time that we know of.
+    pub(super) fn began_to_run(&mut self, own_kernel: bool) {
+        self.failures = 0;
+        self.retry = None;
+        self.restart = None;
+        self.probe = if own_kernel { Probe::Due } else { Probe::Over };
+        // Counted from the first run, whatever number of restarts follow.
+        self.ttl = self.ttl.or_else(|| self.workload.spec.ttl_ms.map(|ms| Deadline::within_ms(ms, "ttl")));
+        self.began_to_run_again();
+    }
+
+    /// Its container runs; since when, nobody here has seen.
+    pub(super) fn began_to_run_again(&mut self) {
+        self.is_proven = Some(Deadline::within_ms(self.workload.spec.restart.reset_ms, "proof"));
+        let due = |health: &crate::workload::Health| Deadline::within_ms(health.interval_ms, "health");
+        self.health = Health { due: self.workload.spec.health.as_ref().map(due), ..Health::default() };
     }
 
     /// The workload is over. The first cause wins.
@@ -183,10 +295,106 @@ impl Entry {
         self.status.finished_at = finished_at;
         self.status.observed_at = Timestamp::now();
         self.ttl = None;
+        self.rest();
+    }
+
+    /// Nothing of the present attempt goes on.
+    fn rest(&mut self) {
         self.retry = None;
         self.kill = None;
         self.failures = 0;
+        self.stopping = None;
         self.probe = Probe::Over;
+        self.probe_retry = None;
+        self.ailing = None;
+        self.health = Health::default();
+        self.restart = None;
+        self.is_rebooted = false;
+    }
+
+    /// The attempt is over. By its policy the workload may not be.
+    fn conclude(&mut self, succeeded: bool, reason: Reason, message: Option<String>, finished_at: Option<Timestamp>) {
+        if self.state.is_terminal() {
+            return;
+        }
+        if self.is_proven.take().is_some_and(|proven| proven.left().is_err()) {
+            self.streak = 0;
+        }
+        if self.is_to_restart(succeeded, reason) {
+            self.begin_again(reason, message);
+        } else {
+            self.end(if succeeded { State::Succeeded } else { State::Failed }, reason, message, finished_at);
+        }
+    }
+
+    fn is_to_restart(&self, succeeded: bool, reason: Reason) -> bool {
+        let restart = &self.workload.spec.restart;
+        let is_covered = match restart.policy {
+            RestartPolicy::Always => true,
+            RestartPolicy::Never => false,
+            RestartPolicy::OnFailure => !succeeded,
+        };
+        // A sandbox that is not what it should be is not asked for again.
+        let is_final = matches!(reason, Reason::IsolationMismatch | Reason::Stopped | Reason::TtlExpired);
+        self.wanted == Wanted::Run && is_covered && !is_final && restart.attempts_max.is_none_or(|most| self.streak < most)
+    }
+
+    /// Back to Pending, to be started again after a pause.
+    fn begin_again(&mut self, reason: Reason, message: Option<String>) {
+        let restart = self.workload.spec.restart;
+        let pause_ms = restart.pause_ms(self.streak);
+        self.streak += 1;
+        self.become_state(State::Pending);
+        self.rest();
+        self.launched = false;
+        self.cancel = Arc::default();
+        self.restart = Some(Deadline::within_ms(pause_ms, "restart"));
+        self.start_deadline = Deadline::within_ms(pause_ms.saturating_add(self.workload.spec.start_deadline_ms), "start");
+        let most = restart.attempts_max.map(|most| format!(" of {most}")).unwrap_or_default();
+        let exit = self.status.exit_code.take().map(|code| format!("exit code {code}"));
+        let cause = [exit, message].into_iter().flatten().collect::<Vec<_>>().join(": ");
+        let status = &mut self.status;
+        status.last_error = Some(clip(
+            format!(
+                "attempt {} ended: {reason}: {cause}; restart {}{most} after {} s",
+                status.attempt,
+                self.streak,
+                pause_ms.div_ceil(1000)
+            ),
+            limits::MESSAGE_BYTES_MAX,
+        ));
+        status.restarts = status.restarts.saturating_add(1);
+        status.attempt = status.attempt.saturating_add(1);
+        status.reason = Some(reason);
+        status.message.get_or_insert(cause);
+        status.phase = None;
+        status.oom_killed = false;
+        status.ip = None;
+        (status.started_at, status.finished_at) = (None, None);
+        status.observed_at = Timestamp::now();
+    }
+
+    /// It is not there any more, and nobody knows how it ended.
+    pub(super) fn lost(&mut self) {
+        let (reason, message) = if self.is_rebooted {
+            (Reason::NodeRebooted, "the machine was booted again while it ran")
+        } else {
+            (Reason::SandboxDied, "the runtime does not have it any more")
+        };
+        match self.wanted.clone() {
+            Wanted::Stop { reason, message: why } => self.end(State::Failed, reason, why.or(Some(message.into())), None),
+            Wanted::Delete => self.end(State::Failed, reason, Some(message.into()), None),
+            Wanted::Run => self.conclude(false, reason, Some(message.into()), None),
+        }
+    }
+
+    /// A start failed for good. What ran before may run again; what never did is not tried again by policy.
+    pub(super) fn fail_start(&mut self, reason: Reason, message: String) {
+        if self.status.restarts > 0 && self.is_to_restart(false, reason) {
+            self.begin_again(reason, Some(message));
+        } else {
+            self.give_up(reason, message);
+        }
     }
 
     /// The start is given up. What went wrong first says more than what went wrong last.
@@ -200,7 +408,8 @@ impl Entry {
 
     pub(super) fn ended(&mut self, ending: Ending) {
         let Ending { exit_code, oom_killed, never_ran, message, started_at, finished_at } = ending;
-        if self.state.is_terminal() {
+        // Two may see the same end: whoever stopped it, and whoever lists. The second has nothing to add.
+        if self.state != State::Running {
             return;
         }
         self.status.exit_code = exit_code;
@@ -212,11 +421,16 @@ impl Entry {
             _ if never_ran => (Reason::StartFailed, said),
             Wanted::Stop { reason, message } => (*reason, message.clone().or(said)),
             Wanted::Delete => (Reason::Stopped, said),
-            Wanted::Run if exit_code == Some(0) => (Reason::Completed, said),
-            Wanted::Run => (Reason::Error, said.or_else(|| exit_code.is_none().then(|| "the runtime does not know the exit code".into()))),
+            Wanted::Run => match &self.ailing {
+                Some(ailing) => (ailing.reason, Some(ailing.message.clone())),
+                None if exit_code == Some(0) => (Reason::Completed, said),
+                // What the runtime kept of it over a boot counts; what it made up does not.
+                None if exit_code.is_none() && self.is_rebooted => return self.lost(),
+                None => (Reason::Error, said.or_else(|| exit_code.is_none().then(|| "the runtime does not know the exit code".into()))),
+            },
         };
         let succeeded = exit_code == Some(0) && matches!(reason, Reason::Completed | Reason::Stopped);
-        self.end(if succeeded { State::Succeeded } else { State::Failed }, reason, message, finished_at);
+        self.conclude(succeeded, reason, message, finished_at);
     }
 
     pub(super) fn fail_chore(&mut self, message: String) {

@@ -1,5 +1,7 @@
 use super::entry::STOP_FAILURES_MAX;
 use super::*;
+use crate::cri::runtime::{Ending, Found, Progress, Seen, StartError, Started};
+use crate::wire::record::Record;
 use crate::workload::ImageRef;
 use serde_json::json;
 
@@ -8,15 +10,17 @@ struct House {
     starts: Receiver<WorkloadId>,
     ends: Receiver<WorkloadId>,
     probes: Receiver<WorkloadId>,
+    checks: Receiver<WorkloadId>,
 }
 
 fn house() -> House {
     let (s, starts) = bounded(8);
     let (e, ends) = bounded(8);
     let (p, probes) = bounded(8);
+    let (c, checks) = bounded(8);
     let node = Name::new("node-1").expect("valid");
-    let queues = Queues { starts: s, ends: e, probes: p };
-    House { registry: Registry::new(node, Some("6.0-host".into()), queues), starts, ends, probes }
+    let queues = Queues { starts: s, ends: e, probes: p, checks: c };
+    House { registry: Registry::new(node, Some("6.0-host".into()), queues), starts, ends, probes, checks }
 }
 
 fn id() -> WorkloadId {
@@ -297,7 +301,7 @@ fn the_time_to_live_stops_a_workload() {
 fn a_watch_sees_what_is_and_every_change_in_order() {
     let house = house();
     house.accept(workload(json!({}))).expect("accepted");
-    let watch = house.registry.watch().expect("a place");
+    let watch = house.registry.watch(None).expect("a place");
     assert_eq!(watch.present.len(), 1);
     house.registry.begin_start(&id()).expect("to be started").finish(Ok((started(), false)));
     house.registry.want_delete(&id());
@@ -312,7 +316,7 @@ fn a_watch_sees_what_is_and_every_change_in_order() {
 #[test]
 fn a_watch_that_falls_behind_is_cut_off() {
     let house = running(json!({}), true);
-    let watch = house.registry.watch().expect("a place");
+    let watch = house.registry.watch(None).expect("a place");
     for _ in 0..=limits::WATCH_EVENTS_MAX {
         let mut inner = house.registry.lock();
         house.registry.publish(&mut inner, &id(), EventKind::Modified);
@@ -371,7 +375,7 @@ fn a_sandbox_of_another_handler_is_taken_up_to_be_stopped_at_once() {
 fn a_start_that_was_over_before_we_looked_ran_all_the_same() {
     let house = house();
     house.accept(workload(json!({}))).expect("accepted");
-    let watch = house.registry.watch().expect("a place");
+    let watch = house.registry.watch(None).expect("a place");
     let Observed::Ended(ending) = ending(Some(3), false) else { unreachable!() };
     let over = Started { observed: Observed::Ended(ending), ..started() };
     house.registry.begin_start(&id()).expect("to be started").finish(Ok((over, true)));
@@ -437,4 +441,102 @@ fn pages_come_in_the_order_of_ids() {
     assert_eq!((ids(page), more), (vec![Some("a".into()), Some("b".into())], true));
     let (page, more) = house.registry.page(WorkloadId::new("b").ok().as_ref(), 2);
     assert_eq!((ids(page), more), (vec![Some("c".into())], false));
+}
+
+/// A house with a journal, of which this test is the writer.
+fn journaled() -> House {
+    let house = house();
+    let restored = Restored { rebooted: false, starts: 1 };
+    house.registry.restore(BTreeMap::new(), &restored, |_| Some(0)).expect("nothing to restore");
+    house
+}
+
+impl House {
+    fn batch(&self) -> Batch {
+        self.registry.unsaved(|_| "/run/x".into(), || true).expect("something to save")
+    }
+}
+
+#[test]
+fn what_is_to_be_on_disk_is_neither_told_nor_done_before() {
+    let house = journaled();
+    let watch = house.registry.watch(None).expect("a place");
+    house.accept(workload(json!({}))).expect("accepted");
+    assert!(house.registry.status(&id()).is_none() && house.starts.is_empty() && watch.events.is_empty(), "nobody heard of it");
+    let batch = house.batch();
+    assert!(matches!(batch.records.as_slice(), [Record::Accept(_), Record::Update(_)]), "{:?}", batch.records);
+    house.registry.saved(batch);
+    assert_eq!((state(&house), house.starts.len(), watch.events.len()), (State::Pending, 1, 1));
+
+    house.registry.begin_start(&id()).expect("to be started").finish(Ok((started(), false)));
+    assert_eq!(state(&house), State::Running, "the runtime knows that too");
+    house.registry.observe(&id(), "c", ending(Some(0), false));
+    assert_eq!((state(&house), house.ends.len()), (State::Running, 0), "its end is not on disk");
+    let early = house.batch();
+    house.registry.want_delete(&id());
+    house.registry.saved(early);
+    assert_eq!((state(&house), house.ends.len()), (State::Running, 0), "what came after that is not on disk either");
+    house.registry.saved(house.batch());
+    assert_eq!((state(&house), house.ends.len()), (State::Succeeded, 1));
+
+    house.registry.begin_end(&id()).expect("to be removed").finish(Ok(EndStep::Removed));
+    assert!(house.registry.status(&id()).is_some(), "a restart would find it in the journal");
+    let batch = house.batch();
+    assert!(matches!(batch.records.as_slice(), [Record::Forget { .. }]), "{:?}", batch.records);
+    house.registry.saved(batch);
+    assert!(house.registry.status(&id()).is_none());
+}
+
+#[test]
+fn a_full_disk_refuses_what_is_new_and_keeps_what_is_not() {
+    let house = journaled();
+    house.accept(workload(json!({}))).expect("accepted");
+    house.registry.not_saved(house.batch(), "no space".into());
+    assert_eq!(house.registry.settled(&id(), &AtomicBool::new(false)), Err("no space".into()));
+    assert!(house.registry.uid(&id()).is_none(), "it was not accepted");
+    house.accept(workload(json!({}))).expect("the id is free");
+    house.registry.saved(house.batch());
+    assert_eq!((house.registry.settled(&id(), &AtomicBool::new(false)), house.registry.trouble()), (Ok(()), None));
+    house.registry.want_stop(&id(), Reason::Stopped, None);
+    house.registry.not_saved(house.batch(), "no space".into());
+    assert_eq!(state(&house), State::Pending, "not stopped yet");
+    house.registry.saved(house.batch());
+    assert_eq!((state(&house), reason(&house)), (State::Failed, Some(Reason::Stopped)));
+}
+
+#[test]
+fn an_end_is_the_end_of_one_attempt() {
+    let fields =
+        json!({"restart_policy": "always", "restart_backoff_ms": 100, "health": {"exec": ["true"], "interval_ms": 100, "failures": 1}});
+    let house = running(fields, false);
+    until_due(|| house.checks.try_recv().is_ok(), &house);
+    let due = house.registry.begin_check(&id()).expect("a check");
+    house.registry.finish_check(&id(), &due.container_id, Err("sick".into()));
+    let stop = house.registry.begin_end(&id()).expect("to be stopped");
+    assert_eq!(stop.chore, Chore::Stop);
+    // The list sees its end before the worker that stopped it says so.
+    house.registry.observe(&id(), "c", ending(Some(137), false));
+    let Observed::Ended(same) = ending(Some(137), false) else { unreachable!("an end") };
+    stop.finish(Ok(EndStep::Ended(same)));
+    let (state, status) = house.registry.status(&id()).expect("known");
+    assert_eq!((state, status.reason, status.restarts, status.attempt), (State::Pending, Some(Reason::HealthCheckFailed), 1, 1));
+    let clear = house.registry.begin_end(&id()).expect("its sandbox goes first");
+    assert_eq!((clear.chore, clear.sandbox_id.as_deref()), (Chore::Clear, Some("s")));
+    clear.finish(Ok(EndStep::Cleared));
+    until_due(|| house.starts.try_recv().is_ok(), &house);
+    house.registry.begin_start(&id()).expect("to be started").finish(Ok((started(), false)));
+    assert_eq!(
+        house.registry.status(&id()).map(|(state, status)| (state, status.reason, status.exit_code)),
+        Some((State::Running, None, None))
+    );
+}
+
+/// Ticks until something is.
+fn until_due(mut is_due: impl FnMut() -> bool, house: &House) {
+    let deadline = Deadline::within_ms(10_000, "test");
+    while !is_due() {
+        deadline.left().expect("it is due some time");
+        house.registry.tick();
+        std::thread::yield_now();
+    }
 }

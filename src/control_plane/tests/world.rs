@@ -190,7 +190,7 @@ impl Service for FakeService {
             let replies = match fault {
                 Some(Fault::Close) => return stream.shutdown(Shutdown::Both),
                 Some(Fault::Say(reply)) => vec![reply],
-                None if request == Request::Watch => return self.0.watch(&mut stream, stopping),
+                None if matches!(request, Request::Watch { .. }) => return self.0.watch(&mut stream, stopping),
                 None => self.0.answer(request, stopping),
             };
             let lines: Vec<u8> = replies.iter().flat_map(|reply| reply.to_line(None)).collect();
