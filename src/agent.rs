@@ -337,7 +337,7 @@ fn journal_loop(agent: &Agent, mut journal: Journal) {
             (batch, result)
         } else {
             let Some(batch) = agent.registry.unsaved(endpoint, is_over) else { return };
-            let result = journal.append(&batch.records);
+            let result = if batch.records.is_empty() { journal.probe() } else { journal.append(&batch.records) };
             (batch, result)
         };
         match result {

@@ -144,6 +144,14 @@ impl Journal {
         self.broken
     }
 
+    /// Appends a line that says nothing, to see whether lines can be appended.
+    ///
+    /// # Errors
+    /// As [`Journal::append`].
+    pub fn probe(&mut self) -> io::Result<()> {
+        self.append(&[Record::Forget { id: String::new() }])
+    }
+
     /// Writes the file anew with these records alone: everything that is to be kept.
     ///
     /// # Errors

@@ -11,7 +11,7 @@ use crate::deadline::Timestamp;
 use crate::flags::{self, Environment, Error, Flag, Matches, Parsed, Takes, Usage, duration_ms, number};
 use crate::limits;
 use crate::net::address;
-use crate::workload::{Name, PullPolicy, Unfit, WorkloadId};
+use crate::workload::{Name, PullPolicy, RestartPolicy, Unfit, WorkloadId};
 
 /// A whole command line.
 #[derive(Debug)]
@@ -127,6 +127,14 @@ const RUN_SPEC: &[Flag] = &[
     Flag::long("ttl", Takes::Value("DURATION"), "end it after this"),
     Flag::long("grace", Takes::Value("DURATION"), "between the polite signal and the kill"),
     Flag::long("start-deadline", Takes::Value("DURATION"), "it must run within this"),
+    Flag::long("restart", Takes::Value("POLICY[:MAX]"), "never, on-failure or always; MAX restarts in a row"),
+    Flag::long("restart-backoff", Takes::Value("DURATION"), "the first pause; each further one in a row doubles it"),
+    Flag::long("health-cmd", Takes::Value("COMMAND"), "is well as long as this ends with 0 inside it (sh -c)"),
+    Flag::long("health-http", Takes::Value("PORT[/PATH]"), "is well as long as GET is answered with 200 to 399"),
+    Flag::long("health-tcp", Takes::Value("PORT"), "is well as long as it accepts connections"),
+    Flag::long("health-interval", Takes::Value("DURATION"), "between two checks"),
+    Flag::long("health-timeout", Takes::Value("DURATION"), "how long a check may take"),
+    Flag::long("health-failures", Takes::Value("N"), "failed checks in a row that end it"),
 ];
 
 const RUN: Usage = Usage::new(
@@ -376,6 +384,7 @@ fn spec(matches: &Matches) -> Result<Value, Error> {
     let pull = |text: &str| PullPolicy::parse(text).ok_or("must be if-not-present, always or never");
     let some = |items: Vec<Value>| if items.is_empty() { None } else { Some(Value::from(items)) };
     let texts = |flag: &str| some(matches.many(flag).into_iter().map(Value::from).collect());
+    let (restart_policy, restart_max_attempts) = matches.parsed("restart", restart)?.unzip();
     let fields = [
         ("id", matches.one("id").map(Value::from)),
         ("image", Some(Value::from(image))),
@@ -398,8 +407,37 @@ fn spec(matches: &Matches) -> Result<Value, Error> {
         ("ttl_ms", matches.parsed("ttl", duration_ms)?.map(Value::from)),
         ("stop_grace_ms", matches.parsed("grace", duration_ms)?.map(Value::from)),
         ("start_deadline_ms", matches.parsed("start-deadline", duration_ms)?.map(Value::from)),
+        ("restart_policy", restart_policy),
+        ("restart_max_attempts", restart_max_attempts.flatten()),
+        ("restart_backoff_ms", matches.parsed("restart-backoff", duration_ms)?.map(Value::from)),
+        ("health", health(matches)?),
     ];
     Ok(fields.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?))).collect::<Map<_, _>>().into())
+}
+
+/// `POLICY[:MAX]`
+fn restart(text: &str) -> Result<(Value, Option<Value>), Unfit> {
+    let (policy, most) = text.split_once(':').map_or((text, None), |(policy, most)| (policy, Some(most)));
+    let policy = RestartPolicy::parse(policy).ok_or_else(|| Unfit("must be never, on-failure or always, with :MAX or without".into()))?;
+    Ok((policy.as_str().into(), most.map(number).transpose()?.map(Value::from)))
+}
+
+fn health(matches: &Matches) -> Result<Option<Value>, Error> {
+    let http = |text: &str| {
+        let (port, path) = text.split_once('/').map_or((text, None), |(port, path)| (port, Some(path)));
+        let path = path.map_or_else(|| "/".to_owned(), |path| format!("/{path}"));
+        Ok::<_, Unfit>(json!({"port": number(port)?, "path": path}))
+    };
+    let fields = [
+        ("exec", matches.one("health-cmd").map(|command| json!(["sh", "-c", command]))),
+        ("http", matches.parsed("health-http", http)?),
+        ("tcp", matches.parsed("health-tcp", number)?.map(|port| json!({"port": port}))),
+        ("interval_ms", matches.parsed("health-interval", duration_ms)?.map(Value::from)),
+        ("timeout_ms", matches.parsed("health-timeout", duration_ms)?.map(Value::from)),
+        ("failures", matches.parsed("health-failures", number)?.map(Value::from)),
+    ];
+    let map: Map<_, _> = fields.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?))).collect();
+    Ok(if map.is_empty() { None } else { Some(map.into()) })
 }
 
 fn pairs(pairs: Vec<(String, String)>) -> Option<Value> {
@@ -476,7 +514,7 @@ mod tests {
         let line = [
             "run --id a --image b --class c --profile d --memory 64 --cpu 100 --env K=V=W --label l=m --port 8080:80 --port 53/udp",
             "--mount /s:/t:ro --user 1:2 --workdir /w --read-only --cap-add CHOWN --cap-drop KILL --pids-max 9 --pull never --ttl 1h",
-            "--grace 5s --start-deadline 30s",
+            "--grace 5s --start-deadline 30s --restart on-failure:3 --restart-backoff 2s --health-http 80/h --health-failures 2",
         ];
         let line = line.join(" ");
         let expect = json!({
@@ -486,6 +524,8 @@ mod tests {
             "mounts": [{"type": "host", "source": "/s", "target": "/t", "read_only": true}],
             "user": "1:2", "working_dir": "/w", "read_only_rootfs": true, "capabilities_add": ["CHOWN"], "capabilities_drop": ["KILL"],
             "pids_max": 9, "image_pull": {"policy": "never"}, "ttl_ms": 3_600_000, "stop_grace_ms": 5000, "start_deadline_ms": 30_000,
+            "restart_policy": "on-failure", "restart_max_attempts": 3, "restart_backoff_ms": 2000,
+            "health": {"http": {"port": 80, "path": "/h"}, "failures": 2},
         });
         assert_eq!(body(&line.split(' ').collect::<Vec<_>>()), expect);
     }
@@ -503,6 +543,7 @@ mod tests {
         check(&["run", "a", "b"], "unexpected argument \"b\"");
         check(&["run", "-i", "a", "b"], "unexpected argument \"b\"");
         check(&["run", "a", "--memory", "1g"], "--memory: must be a whole number");
+        check(&["run", "a", "--restart", "often"], "--restart: must be never, on-failure or always");
         check(&["run", "a", "--ttl", "5"], "--ttl: a duration is");
         check(&["run", "a", "--env", "KAKURI_SURELY_NOT_SET"], "is not set here");
         check(&["run", "a", "--port", "0:80"], "--port: must be");

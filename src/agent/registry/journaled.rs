@@ -108,12 +108,13 @@ impl Registry {
         Ok(entry)
     }
 
-    /// What is not on disk yet; waits for something. `None` when there is nothing and `is_over` says that nothing more will come.
+    /// What is not on disk yet; waits for something. While the journal is in trouble, nothing at all is something: it is to be seen
+    /// whether it can be written again. `None` when there is nothing and `is_over` says that nothing more will come.
     pub fn unsaved(&self, endpoint: impl Fn(usize) -> String, is_over: impl Fn() -> bool) -> Option<Batch> {
         let mut inner = self.lock();
         loop {
             let ids: Vec<WorkloadId> = inner.dirty.as_mut().map(std::mem::take).unwrap_or_default().into_iter().collect();
-            if !ids.is_empty() {
+            if !ids.is_empty() || (inner.trouble.is_some() && !is_over()) {
                 return Some(batch(&inner, ids, false, endpoint));
             }
             if is_over() {

@@ -494,6 +494,8 @@ fn a_full_disk_refuses_what_is_new_and_keeps_what_is_not() {
     house.registry.not_saved(house.batch(), "no space".into());
     assert_eq!(house.registry.settled(&id(), &AtomicBool::new(false)), Err("no space".into()));
     assert!(house.registry.uid(&id()).is_none(), "it was not accepted");
+    let probe = house.registry.unsaved(|_| "/run/x".into(), || false).expect("a probe");
+    assert!(probe.records.is_empty(), "whether the disk is well again is to be seen");
     house.accept(workload(json!({}))).expect("the id is free");
     house.registry.saved(house.batch());
     assert_eq!((house.registry.settled(&id(), &AtomicBool::new(false)), house.registry.trouble()), (Ok(()), None));
