@@ -7,14 +7,14 @@ use super::entry::{Entry, Made, Probe, Recovery, Work};
 use super::{Inner, Registry, Wanted};
 use crate::agent::journal::Saved;
 use crate::cri::runtime::{Class, Found, Observed, Seen};
-use crate::deadline::{Deadline, Timestamp, uptime_ms};
+use crate::deadline::{Deadline, Stopwatch, Timestamp, uptime_ms};
 use crate::limits;
 use crate::wire::agent::EventKind;
 use crate::wire::record::{Accepted, Record, SavedClass, Update};
 use crate::wire::status::Status;
 use crate::wire::workload::{complete, to_map};
 use crate::wire::{Problems, record};
-use crate::workload::{Reason, State, Workload, WorkloadId};
+use crate::workload::{Phase, Reason, State, Workload, WorkloadId};
 
 /// Records to be written, and what they are about.
 pub struct Batch {
@@ -102,8 +102,10 @@ impl Registry {
             if state == State::Running && entry.class.own_kernel && status.isolation.kernel.is_none() { Probe::Due } else { Probe::Over };
         (entry.wanted, entry.state, entry.status, entry.launched, entry.streak, entry.ailing) =
             (wanted, state, status, launched, streak, ailing);
-        if is_active {
-            entry.status.phase = None;
+        if is_active || entry.wanted == Wanted::Delete {
+            let is_ending = entry.wanted != Wanted::Run || entry.ailing.is_some();
+            entry.status.phase = is_ending.then_some(Phase::Stopping);
+            entry.stopping = is_ending.then(Stopwatch::start);
         }
         Ok(entry)
     }
