@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! sleep N|infinity   exit N   true   false   echo WORDS [>&2]   trap   oom
+//! seq N M        the numbers from N to M, a line each
 //! spam BYTES     numbered lines of 64 bytes
 //! partial BYTES  one long line
 //! uname -r       cat /proc/sys/kernel/osrelease      cat OTHER fails
@@ -34,6 +35,7 @@ enum Print {
     Kernel,
     Line(LogStream, String),
     Partial(usize),
+    Seq(u32, u32),
     Spam(usize),
 }
 
@@ -112,6 +114,12 @@ impl Script {
                 Some(bytes) => return print(Print::Partial(bytes), 0),
                 None => return print(complaint(&format!("not a number up to {OUTPUT_BYTES_MAX}: '{first}'")), 1),
             },
+            "seq" => match args {
+                [first, last] if first.parse::<u32>().is_ok() && last.parse::<u32>().is_ok() => {
+                    return print(Print::Seq(first.parse().unwrap_or(0), last.parse().unwrap_or(0)), 0);
+                }
+                _ => return print(complaint("wants two numbers"), 1),
+            },
             "sleep" if matches!(first, "infinity" | "inf") => None,
             "sleep" => match nanoseconds(first) {
                 Some(wait) => return Ok(Some((ns.saturating_add(wait), 0))),
@@ -142,6 +150,7 @@ impl Script {
         match self.prints.get(index) {
             Some((_, Print::Line(stream, text))) => line(*stream, text.as_bytes()),
             Some((_, Print::Kernel)) => line(LogStream::Stdout, kernel.as_bytes()),
+            Some((_, Print::Seq(first, last))) => (*first..=*last).for_each(|n| line(LogStream::Stdout, n.to_string().as_bytes())),
             Some((_, Print::Partial(bytes))) => line(LogStream::Stdout, &vec![b'p'; *bytes]),
             Some((_, Print::Spam(bytes))) => {
                 let mut left = *bytes;
@@ -234,6 +243,9 @@ mod tests {
         check(&["true"], "", "", 0, Some(0));
         check(&["false"], "", "", 1, Some(0));
         check(&["exit", "259"], "", "", 3, Some(0));
+        check(&["seq", "9", "11"], "9\n10\n11\n", "", 0, Some(0));
+        check(&["seq", "2", "1"], "", "", 0, Some(0));
+        check(&["seq", "1"], "", "seq: wants two numbers\n", 1, Some(0));
         check(&["/bin/sleep", "1.25"], "", "", 0, Some(1250));
         check(&["sleep", ".5"], "", "", 0, Some(500));
         check(&["sleep", "infinity"], "", "", 0, None);
