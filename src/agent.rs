@@ -14,6 +14,7 @@
 //! | health-N | asks workloads how they are |
 //! | journal | writes down what only this agent knows |
 //! | sweep | removes sandboxes that nobody wants |
+//! | rotate | keeps logs within their bounds |
 //! | tick | time to live, retries, start deadlines |
 //! | relist-N, events-N | one of each per CRI endpoint |
 //!
@@ -25,6 +26,7 @@ pub mod logs;
 pub mod node;
 pub mod reconcile;
 pub mod registry;
+pub mod rotate;
 pub mod work;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -51,6 +53,7 @@ use crate::workload::WorkloadId;
 use journal::Journal;
 use node::{Endpoint, Node, Stoppers};
 use registry::{Batch, Queues, Registry, Restored};
+use rotate::Rotation;
 
 const PROGRAM: &str = "kakuri-agent";
 const PROBE_WORKERS: usize = 2;
@@ -98,6 +101,8 @@ pub struct Agent {
     pub registry_credentials: Option<PathBuf>,
     /// Of the node.
     pub labels: BTreeMap<String, String>,
+    /// The bounds of logs.
+    pub rotation: Rotation,
     /// Set before anybody is woken to see it.
     pub stopping: AtomicBool,
     /// Set when nothing more will come for the journal.
@@ -199,6 +204,7 @@ fn run(config: &AgentConfig) -> Result<(), Box<dyn std::error::Error>> {
         mount_roots,
         registry_credentials: config.registry_credentials.clone(),
         labels: config.labels.clone(),
+        rotation: Rotation::new(config.logs),
         stopping: AtomicBool::new(false),
         journal_ends: AtomicBool::new(false),
         logs: config.log_dir.clone(),
@@ -302,6 +308,8 @@ fn start_threads(agent: &Arc<Agent>, config: &AgentConfig, queues: &WorkQueues) 
     threads.push((spawn("sweep", sweep)?, false));
     let a = Arc::clone(agent);
     threads.push((spawn("tick", move || tick_loop(&a))?, false));
+    let a = Arc::clone(agent);
+    threads.push((spawn("rotate", move || rotate::rotate_loop(&a))?, false));
     Ok(threads)
 }
 

@@ -47,6 +47,8 @@ pub struct AgentConfig {
     pub state_dir: PathBuf,
     /// Where the runtime writes the logs of containers.
     pub log_dir: PathBuf,
+    /// How much of them is kept.
+    pub logs: LogLimits,
     /// How much to say.
     pub log_level: LevelFilter,
     /// Host directories workloads may mount from.
@@ -69,6 +71,21 @@ pub struct AgentConfig {
     pub ready_file: Option<PathBuf>,
     /// Stop when stdin ends.
     pub until_eof: bool,
+}
+
+/// How much is kept of what containers write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LogLimits {
+    /// A file of this size is rotated.
+    pub file_bytes: u64,
+    /// Files of one workload, the one being written included.
+    pub files: u64,
+    /// All logs of the node together.
+    pub total_bytes: u64,
+    /// What logs leave free of their file system; a twentieth of it, up to `LOG_RESERVE_MB_DEFAULT`, when absent.
+    pub reserve_bytes: Option<u64>,
+    /// How often a log that does not grow is looked at.
+    pub check_ms: u64,
 }
 
 /// A runtime class: which handler of which runtime, and what it costs.
@@ -230,6 +247,11 @@ const AGENT: Usage = Usage::new(
         Flag::long("runtime-class", Takes::Values("NAME=HANDLER[@ENDPOINT]"), "offer this class; repeatable"),
         Flag::long("state-dir", Takes::Value("DIR"), "the agent's files"),
         Flag::long("log-dir", Takes::Value("DIR"), "logs of containers; else STATE-DIR/logs"),
+        Flag::long("log-file-kb", Takes::Value("KB"), "rotate a log of this size"),
+        Flag::long("log-files", Takes::Value("N"), "files of a workload's log, the present one included"),
+        Flag::long("log-total-mb", Takes::Value("MB"), "all logs of the node together"),
+        Flag::long("log-reserve-mb", Takes::Value("MB"), "what logs leave free of their disk; else a twentieth, up to 512"),
+        Flag::long("log-check-ms", Takes::Value("MS"), "time between two looks at a log that does not grow"),
         LOG_LEVEL,
         Flag::long("mount-root", Takes::Values("DIR"), "workloads may mount from here; repeatable"),
         Flag::long("label", Takes::Values("KEY=VALUE"), "a label of this node; repeatable"),
@@ -274,6 +296,11 @@ struct RawAgent {
     runtime_classes: BTreeMap<String, Spanned<RawClass>>,
     state_dir: Option<Spanned<String>>,
     log_dir: Option<Spanned<String>>,
+    log_file_kb: Option<Spanned<u64>>,
+    log_files: Option<Spanned<u64>>,
+    log_total_mb: Option<Spanned<u64>>,
+    log_reserve_mb: Option<Spanned<u64>>,
+    log_check_ms: Option<Spanned<u64>>,
     log_level: Option<Spanned<String>>,
     mount_roots: Vec<Spanned<String>>,
     labels: BTreeMap<String, Spanned<String>>,
@@ -360,6 +387,17 @@ fn agent_in(args: &[String], environment: Environment) -> Result<Parsed<AgentCon
     let classes = reader.classes(raw.runtime_classes);
     let state_dir = reader.state_dir("state-dir", raw.state_dir, AGENT.command);
     let log_dir = reader.path("log-dir", raw.log_dir).or_else(|| state_dir.as_ref().map(|dir| dir.join("logs")));
+    let file_kb = reader.number("log-file-kb", raw.log_file_kb, limits::LOG_FILE_KB_MIN..=limits::LOG_FILE_KB_MAX);
+    let total_mb = reader.number("log-total-mb", raw.log_total_mb, 1..=limits::LOG_TOTAL_MB_MAX);
+    let reserve_mb = reader.number("log-reserve-mb", raw.log_reserve_mb, 0..=limits::LOG_TOTAL_MB_MAX);
+    let check_ms = reader.number("log-check-ms", raw.log_check_ms, limits::LOG_CHECK_MS_MIN..=limits::LOG_CHECK_MS_MAX);
+    let logs = LogLimits {
+        file_bytes: file_kb.unwrap_or(limits::LOG_FILE_KB_DEFAULT) << 10,
+        files: reader.number("log-files", raw.log_files, 1..=limits::LOG_FILES_MAX).unwrap_or(limits::LOG_FILES_DEFAULT),
+        total_bytes: total_mb.unwrap_or(limits::LOG_TOTAL_MB_DEFAULT) << 20,
+        reserve_bytes: reserve_mb.map(|mb| mb << 20),
+        check_ms: check_ms.unwrap_or(limits::LOG_CHECK_MS_DEFAULT),
+    };
     let log_level = reader.log_level(raw.log_level);
     let mount_roots = reader.mount_roots(&raw.mount_roots);
     let labels = reader.labels(raw.labels);
@@ -379,6 +417,7 @@ fn agent_in(args: &[String], environment: Environment) -> Result<Parsed<AgentCon
         classes,
         state_dir,
         log_dir,
+        logs,
         log_level,
         mount_roots,
         labels,

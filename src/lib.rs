@@ -21,7 +21,8 @@
 //! | [`cri`] | the container runtime: [`cri::client`] one function per RPC, [`cri::runtime`] a workload's start with its undo |
 //! | [`flags`], [`config`] | command lines and TOML files |
 //! | [`daemon`] | what the daemons share: signals, listeners |
-//! | [`agent`] | the node agent: [`agent::registry`] what it knows, [`agent::reconcile`] what is true, [`agent::work`] what it does |
+//! | [`agent`] | the node agent: [`agent::registry`] what it knows, [`agent::reconcile`] what is true, [`agent::work`] what it does,
+//! | | [`agent::logs`] what workloads wrote, [`agent::rotate`] how much of that is kept |
 //! | [`control_plane`] | the HTTP API, placement, the store |
 //! | [`sim`] | a simulated CRI runtime with scripted faults |
 //! | [`cli`] | the `kakuri` command |
@@ -34,7 +35,7 @@
 //! - No state is invented: an unknown exit code is `null`, and `observed_at` says how old the truth is.
 //! - `agent` and `control_plane` never import each other; they meet in [`wire`]. Arrows point down the table above.
 //! - A crate from outside has one door: `h2`, `http`, `bytes` in [`grpc`] (and the server side in [`sim`]), `tokio` in [`grpc::pump`],
-//!   `prost` in [`cri`], `httparse` in [`http`], `serde` in [`wire`] and [`config`], `ureq` in [`cli`].
+//!   `prost` in [`cri`], `rustix` in [`agent`], `httparse` in [`http`], `serde` in [`wire`] and [`config`], `ureq` in [`cli`].
 
 pub mod agent;
 pub mod cli;

@@ -248,6 +248,43 @@ pub const LOG_BATCH_READ_BYTES_MAX: usize = 1 << 20;
 pub const LOG_TAIL_MAX: u64 = 1_000_000;
 /// How often a follower looks whether the file grew.
 pub const LOG_FOLLOW_MS: u64 = 100;
+/// How often a reader looks again where a file was just rotated.
+pub const LOG_SOON_MS: u64 = 20;
+/// A rotated file that did not grow for this long after its successor was there is read to its end: the runtime may still be writing
+/// down what it read before.
+pub const LOG_SETTLE_MS: u64 = 300;
+/// Asking the runtime to open a log file anew.
+pub const LOG_REOPEN_MS_MAX: u64 = 5000;
+/// Between two such calls for one workload, after one that failed.
+pub const LOG_REOPEN_PAUSE_MS: u64 = 1000;
+/// Files in the log directory of one workload.
+pub const LOG_DIR_FILES_MAX: usize = 1024;
+/// Files of one workload that are kept beside what it writes to, those of earlier attempts included.
+pub const LOG_OLD_FILES_MAX: usize = 64;
+/// Size at which a log file is rotated, KiB, when the configuration names no other.
+pub const LOG_FILE_KB_DEFAULT: u64 = 10 * 1024;
+/// Size at which a log file is rotated, KiB.
+pub const LOG_FILE_KB_MIN: u64 = 16;
+/// Size at which a log file is rotated, KiB: 64 GiB.
+pub const LOG_FILE_KB_MAX: u64 = 1 << 26;
+/// Log files of one workload, when the configuration names no other number.
+pub const LOG_FILES_DEFAULT: u64 = 5;
+/// Log files of one workload.
+pub const LOG_FILES_MAX: u64 = LOG_OLD_FILES_MAX as u64;
+/// All logs of one node, MiB, when the configuration names no other number.
+pub const LOG_TOTAL_MB_DEFAULT: u64 = 4096;
+/// All logs of one node, MiB: 64 TiB.
+pub const LOG_TOTAL_MB_MAX: u64 = 1 << 26;
+/// What logs leave free of their file system, MiB, when the configuration names no other number, and a twentieth of it is not less.
+pub const LOG_RESERVE_MB_DEFAULT: u64 = 512;
+/// Between two looks at the size of a log, when the configuration names no other time.
+pub const LOG_CHECK_MS_DEFAULT: u64 = 500;
+/// Between two looks at the size of a log that grows fast.
+pub const LOG_CHECK_MS_MIN: u64 = 20;
+/// Between two looks at the size of a log, as configured.
+pub const LOG_CHECK_MS_MAX: u64 = 60_000;
+/// What a workload writes to last is worth keeping up to this, even where there is no space.
+pub const LOG_SPARE_BYTES: u64 = 64 * 1024;
 
 /// Workloads the control plane keeps, ended ones included.
 pub const STORE_WORKLOADS_MAX: usize = 20_000;
@@ -319,6 +356,8 @@ const _: () = assert!(WORKLOAD_BYTES_MAX + 16 * 1024 < LINE_BYTES_MAX, "a worklo
 const _: () = assert!(LINE_BYTES_MAX < GRPC_MESSAGE_BYTES_MAX, "a workload always fits one CRI message");
 const _: () = assert!(HTTP_TARGET_BYTES_MAX < HTTP_HEAD_BYTES_MAX, "a long target is 414, not 431");
 const _: () = assert!(CRI_QUICK_MS_MAX < UNDO_MS_MAX, "an undo has time for several calls");
+const _: () = assert!(LOG_OLD_FILES_MAX * 2 < LOG_DIR_FILES_MAX, "a directory that is kept in order can be listed");
+const _: () = assert!(LOG_REOPEN_MS_MAX < DRAIN_MS, "whoever rotates notices the drain in time");
 const _: () = assert!(CLI_WAIT_SLICE_MS <= WAIT_MS_MAX, "the command line asks for waits that are granted");
 const _: () = assert!(NODE_REQUEST_MS_MAX < DRAIN_MS, "a quick request to an agent ends within the drain");
 const _: () = assert!(NODE_WAIT_SLICE_MS * 4 <= DRAIN_MS, "a long wait notices the drain in time");

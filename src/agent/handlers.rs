@@ -9,7 +9,7 @@ use crossbeam_channel::RecvTimeoutError;
 use serde_json::Value;
 
 use super::Agent;
-use super::logs::{LogReader, Tail};
+use super::logs::{LogReader, More, Tail};
 use super::node::Offer;
 use super::registry::{Container, NoWatch, Refusal};
 use super::work::is_allowed;
@@ -382,8 +382,13 @@ fn logs(agent: &Agent, request: &LogRequest, client: &mut Client<'_>) -> Result<
             client.send(&heartbeat(agent))?;
             quiet = Stopwatch::start();
         }
-        if !batch.at_end {
-            continue;
+        match batch.more {
+            More::Now => continue,
+            More::Soon => {
+                agent.pause(limits::LOG_SOON_MS);
+                continue;
+            }
+            More::Later => {}
         }
         // A line without its end is handed on only when nobody will write that end.
         let mut rest = if is_ended { reader.finish() } else { Vec::new() };
@@ -393,7 +398,7 @@ fn logs(agent: &Agent, request: &LogRequest, client: &mut Client<'_>) -> Result<
         }
         rest.into_iter().try_for_each(|line| client.send(&Reply::Log(line)))?;
         if is_ended || !request.follow {
-            return client.send(&Reply::LogEnd { id: id.to_string() });
+            return client.send(&Reply::LogEnd { id: id.to_string(), gap: reader.has_gap() });
         }
         agent.registry.wait(id, Until::Terminal, Deadline::within_ms(limits::LOG_FOLLOW_MS, "follow"), client.stopping);
     }
@@ -469,6 +474,7 @@ fn describe(agent: &Agent) -> Node {
     let message = trouble.clone().unwrap_or_else(|| "is written".into());
     conditions.push(Condition { r#type: "JournalWritable".into(), ok: trouble.is_none(), message });
     let (oldest_stopping_ms, stopping) = agent.registry.stopping();
+    conditions.extend(agent.rotation.condition());
     let body = |Offer { class, endpoint, available }: &Offer| ClassBody {
         name: class.name.to_string(),
         handler: class.handler.clone(),

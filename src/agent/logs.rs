@@ -1,36 +1,84 @@
 //! The output of a workload, read from the CRI log files the runtime writes: one record a line, `TIME STREAM TAGS TEXT`.
 //!
-//! A record tagged `P` is part of a line that goes on in the next record of the same stream; `F` ends it.
+//! A record tagged `P` is part of a line that goes on in the next record of the same stream; `F` ends it. Which files there are, and
+//! in which order, [`files`] knows; a reader holds on to the file it has open, whatever becomes of its name, and goes on to the next
+//! when nothing more will be written to it.
 //!
 //! Invariant: a record is handed on only when its newline was read, so that a record being written is never cut.
+//! Invariant: no record is handed on twice, and none is joined with what does not belong to it; where files were removed before they
+//! were read, the next line says so ([`LogLine::gap`]).
+
+pub mod files;
 
 use std::collections::VecDeque;
-use std::fs::{self, File};
-use std::io::{self, Read};
-use std::path::{Path, PathBuf};
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::PathBuf;
 
-use crate::deadline::Timestamp;
+use crate::deadline::{Stopwatch, Timestamp};
 use crate::limits;
 use crate::wire::agent::{LogLine, LogRequest, LogStream};
+use files::{Files, Identity, Name};
 
-/// Reads a workload's files in the order of its attempts.
+/// Reads a workload's files in the order they were written.
 pub struct LogReader {
     dir: PathBuf,
-    attempt: Option<u32>,
-    file: Option<File>,
+    files: Option<Files>,
+    present: Option<Present>,
     /// Bytes read and not yet part of a record.
     rest: Vec<u8>,
+    /// Within a record that is too long to be one, up to its end.
+    is_skipping: bool,
+    /// Something is missing before the next line.
+    gap: bool,
     /// Lines begun, by stream.
     partial: [Partial; 2],
     since: Option<Timestamp>,
     stream: Option<LogStream>,
 }
 
+/// The file being read.
+struct Present {
+    /// As it will be called once it is rotated; as it is called, once it was.
+    name: Name,
+    file: File,
+    identity: Identity,
+    /// Bytes read of it.
+    offset: u64,
+    /// How it begins: another beginning means that it was emptied under us.
+    head: Vec<u8>,
+    /// Since its successor is there and it did not grow.
+    quiet: Option<Stopwatch>,
+    /// Nobody writes to it any more: the next time that it has nothing to read is its end.
+    is_over: bool,
+}
+
+/// What follows the file being read.
+enum Next {
+    /// This one, and whether something between the two is missing.
+    File(Present, bool),
+    /// That will be known in a moment.
+    Soon,
+    /// Nothing, yet.
+    Nothing,
+}
+
 impl LogReader {
     /// A reader of the directory's files from the beginning.
     pub fn new(dir: PathBuf, request: &LogRequest) -> Self {
         let LogRequest { id: _, follow: _, tail: _, since, stream } = request;
-        Self { dir, attempt: None, file: None, rest: Vec::new(), partial: Default::default(), since: *since, stream: *stream }
+        Self {
+            dir,
+            files: None,
+            present: None,
+            rest: Vec::new(),
+            is_skipping: false,
+            gap: false,
+            partial: Default::default(),
+            since: *since,
+            stream: *stream,
+        }
     }
 
     /// Reads on, a bounded piece of what is there beyond what was read before.
@@ -40,27 +88,23 @@ impl LogReader {
     pub fn read(&mut self) -> io::Result<Batch> {
         let mut lines = Vec::new();
         for _ in 0..limits::LOG_BATCH_READ_BYTES_MAX / CHUNK_BYTES {
-            if self.file.is_none() && !self.open_next()? {
-                return Ok(Batch { lines, at_end: true });
-            }
-            let mut chunk = vec![0; CHUNK_BYTES];
-            let read = self.file.as_mut().map_or(Ok(0), |file| file.read(&mut chunk))?;
-            if read > 0 {
-                lines.extend(self.take_lines(chunk.get(..read).unwrap_or_default()));
-                if !lines.is_empty() {
-                    return Ok(Batch { lines, at_end: false });
+            if self.read_chunk(&mut lines)? {
+                if lines.is_empty() {
+                    continue;
                 }
-                continue;
+                return Ok(Batch { lines, more: More::Now });
             }
-            // The next attempt's file means that this one is complete.
-            if self.next_attempt()?.is_none() {
-                return Ok(Batch { lines, at_end: true });
+            match self.next()? {
+                Next::Nothing => return Ok(Batch { lines, more: More::Later }),
+                Next::Soon => return Ok(Batch { lines, more: More::Soon }),
+                Next::File(next, is_gap) => match &mut self.present {
+                    // What was written since the last look, and before the successor was there, is read first.
+                    Some(present) if !present.is_over => present.is_over = true,
+                    _ => self.enter(next, is_gap, &mut lines),
+                },
             }
-            lines.extend(self.finish());
-            self.file = None;
-            self.rest.clear();
         }
-        Ok(Batch { lines, at_end: false })
+        Ok(Batch { lines, more: More::Now })
     }
 
     /// The lines that were begun and not ended, when nothing more will be written: a last line needs no newline.
@@ -70,16 +114,98 @@ impl LogReader {
         lines.into_iter().filter_map(|(stream, partial)| self.select(stream, partial)).collect()
     }
 
-    fn open_next(&mut self) -> io::Result<bool> {
-        let Some(attempt) = self.next_attempt()? else { return Ok(false) };
-        self.file = Some(File::open(self.dir.join(crate::cri::runtime::log_file(attempt)))?);
-        self.attempt = Some(attempt);
+    /// Whether something after the last line is missing.
+    pub fn has_gap(&self) -> bool {
+        self.gap
+    }
+
+    /// Reads a piece of the present file; false at its end.
+    fn read_chunk(&mut self, lines: &mut Vec<LogLine>) -> io::Result<bool> {
+        let Some(present) = &mut self.present else { return Ok(false) };
+        let mut chunk = vec![0; CHUNK_BYTES];
+        let read = present.file.read(&mut chunk)?;
+        let chunk = chunk.get(..read).unwrap_or_default();
+        if present.offset == 0 {
+            present.head = chunk.get(..HEAD_BYTES.min(read)).unwrap_or_default().to_vec();
+        }
+        // Looked at after reading: as it begins as before, what was read belongs to it.
+        let head = head(&present.file)?;
+        if !head.starts_with(&present.head) {
+            present.file.seek(SeekFrom::Start(0))?;
+            (present.offset, present.head, present.quiet) = (0, Vec::new(), None);
+            self.miss(lines);
+            return Ok(true);
+        }
+        present.head = head;
+        if read == 0 {
+            return Ok(false);
+        }
+        present.offset += read as u64;
+        (present.quiet, present.is_over) = (None, false);
+        lines.extend(self.take_lines(chunk));
         Ok(true)
     }
 
-    fn next_attempt(&self) -> io::Result<Option<u32>> {
-        let attempts = attempts(&self.dir)?;
-        Ok(attempts.into_iter().filter(|a| self.attempt.is_none_or(|present| *a > present)).min())
+    /// Something that was not read is gone: what was begun before it does not go on after it.
+    fn miss(&mut self, lines: &mut Vec<LogLine>) {
+        lines.extend(self.finish());
+        self.rest.clear();
+        self.is_skipping = false;
+        self.gap = true;
+    }
+
+    /// Goes on to the next file.
+    fn enter(&mut self, next: Present, is_gap: bool, lines: &mut Vec<LogLine>) {
+        let is_same_attempt = |present: &Present| present.name.attempt == next.name.attempt;
+        // A rotated file is never empty but when it was emptied.
+        let is_lost = |present: &Present| present.offset == 0 && is_same_attempt(present);
+        if is_gap || self.present.as_ref().is_some_and(is_lost) {
+            self.miss(lines);
+        } else if !self.present.as_ref().is_some_and(is_same_attempt) {
+            lines.extend(self.finish());
+        }
+        // No runtime splits a record between files: this one was never finished.
+        self.rest.clear();
+        self.is_skipping = false;
+        self.present = Some(next);
+    }
+
+    /// Looks for the file that follows the present one, and whether the present one is over.
+    ///
+    /// A list is no snapshot: a file that is renamed meanwhile may be missing from it. So the list is read again once the next file is
+    /// open: whatever was written before that file had its last name by then.
+    fn next(&mut self) -> io::Result<Next> {
+        if self.files.is_none() {
+            self.files = Files::open(&self.dir)?;
+        }
+        let Some(files) = &self.files else { return Ok(Next::Nothing) };
+        let mut is_last = false;
+        for _ in 0..LOOKS_MAX {
+            let Some((name, _)) = first_after(files, &files.names()?, self.present.as_ref())? else {
+                if std::mem::replace(&mut is_last, true) {
+                    return Ok(Next::Nothing);
+                }
+                continue;
+            };
+            let Some((file, identity)) = files.read(name)? else { continue };
+            let names = files.names()?;
+            let name = match first_after(files, &names, self.present.as_ref())? {
+                Some((name, seen)) if seen == identity => name,
+                Some(_) | None => continue,
+            };
+            if self.present.as_mut().is_some_and(|present| !present.is_settled(name)) {
+                return Ok(Next::Soon);
+            }
+            let numbers = names.iter().filter(|n| n.attempt == name.attempt && !n.is_live()).map(|n| n.number);
+            let before = self.present.as_ref().map(|p| p.name).filter(|p| p.attempt == name.attempt).map_or(0, |p| p.number);
+            // A live file gets the number behind the last that was given.
+            let number = if name.is_live() { numbers.chain([before]).max().unwrap_or(0) + 1 } else { name.number };
+            let name = Name { attempt: name.attempt, number };
+            let next = Present { name, file, identity, offset: 0, head: Vec::new(), quiet: None, is_over: false };
+            return Ok(Next::File(next, number != before + 1));
+        }
+        // Files come and go faster than one can look.
+        Ok(Next::Soon)
     }
 
     fn take_lines(&mut self, bytes: &[u8]) -> Vec<LogLine> {
@@ -88,10 +214,13 @@ impl LogReader {
         let mut lines = Vec::new();
         for record in rest.split_inclusive(|b| *b == b'\n') {
             match record.strip_suffix(b"\n") {
+                Some(_) if self.is_skipping => self.is_skipping = false,
                 Some(record) => lines.extend(self.take_record(record)),
+                None if self.is_skipping => {}
                 None if record.len() > limits::LOG_RECORD_BYTES_MAX => {
                     // No runtime writes such a record; dropping it keeps memory bounded.
                     log::warn!("a log record in {} is longer than {} bytes", self.dir.display(), limits::LOG_RECORD_BYTES_MAX);
+                    self.is_skipping = true;
                 }
                 None => self.rest = record.to_vec(),
             }
@@ -119,11 +248,55 @@ impl LogReader {
         self.select(stream, whole)
     }
 
-    fn select(&self, stream: LogStream, Partial { time, text }: Partial) -> Option<LogLine> {
-        let is_recent = |since| parse_time(&time).is_none_or(|time| time >= since);
-        let wanted = self.stream.is_none_or(|s| s == stream) && self.since.is_none_or(is_recent);
-        wanted.then(|| LogLine { stream, line: String::from_utf8_lossy(&text).into_owned(), time })
+    fn select(&mut self, stream: LogStream, Partial { time, text }: Partial) -> Option<LogLine> {
+        if self.since.is_some_and(|since| parse_time(&time).is_some_and(|time| time < since)) {
+            // What is missing before it is of no interest either.
+            self.gap = false;
+            return None;
+        }
+        let is_wanted = self.stream.is_none_or(|s| s == stream);
+        is_wanted.then(|| {
+            let gap = std::mem::take(&mut self.gap);
+            LogLine { stream, line: String::from_utf8_lossy(&text).into_owned(), time, gap }
+        })
     }
+}
+
+impl Present {
+    /// Whether nothing more will be written to it, now that `next` is there and there is nothing to read. A runtime may still be writing
+    /// down what it read before it was asked to open the new file.
+    fn is_settled(&mut self, next: Name) -> bool {
+        // Had `next` no number, it would be the file the runtime was just asked to open.
+        let is_passed = next.attempt != self.name.attempt || !next.is_live();
+        let quiet = self.quiet.get_or_insert_with(Stopwatch::start);
+        self.is_over || is_passed || quiet.elapsed_ms() >= limits::LOG_SETTLE_MS || is_old(&self.file)
+    }
+}
+
+/// Whether a file was neither written to nor renamed for so long that no call to a runtime can be under way that concerns it.
+fn is_old(file: &File) -> bool {
+    let changed_s = file.metadata().map_or(i64::MAX, |metadata| metadata.ctime());
+    let now_s = i64::try_from(Timestamp::now().as_millis() / 1000).unwrap_or(0);
+    now_s.saturating_sub(changed_s) > 2 * i64::try_from(limits::LOG_REOPEN_MS_MAX / 1000).unwrap_or(0)
+}
+
+/// The first file behind the one being read, but for that one itself, which may still have its first name.
+fn first_after(files: &Files, names: &[Name], present: Option<&Present>) -> io::Result<Option<(Name, Identity)>> {
+    for name in names.iter().filter(|name| present.is_none_or(|present| **name > present.name)) {
+        let Some(facts) = files.facts(*name)? else { continue };
+        if present.is_none_or(|present| present.identity != facts.identity) {
+            return Ok(Some((*name, facts.identity)));
+        }
+    }
+    Ok(None)
+}
+
+/// How a file begins. The time in its first record makes that unlike any other beginning of the same file.
+fn head(file: &File) -> io::Result<Vec<u8>> {
+    let mut head = vec![0; HEAD_BYTES];
+    let read = file.read_at(&mut head, 0)?;
+    head.truncate(read);
+    Ok(head)
 }
 
 /// A line that was begun, and when.
@@ -138,8 +311,19 @@ struct Partial {
 pub struct Batch {
     /// Those asked for; may be none although there is more to read.
     pub lines: Vec<LogLine>,
-    /// Nothing more is there now.
-    pub at_end: bool,
+    /// Whether to read on.
+    pub more: More,
+}
+
+/// When there is more to read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum More {
+    /// There is more.
+    Now,
+    /// There may be more, in a moment: a file was just rotated.
+    Soon,
+    /// Not before the workload writes it.
+    Later,
 }
 
 /// The last lines of an output, within bounds.
@@ -179,18 +363,12 @@ fn cost(line: &LogLine) -> usize {
 }
 
 const CHUNK_BYTES: usize = 64 * 1024;
+/// What is compared of a file's beginning: a record's time, stream, tag and first letters.
+const HEAD_BYTES: usize = 64;
+/// How often a list that changes is read again, before the client is looked at.
+const LOOKS_MAX: usize = 4;
 /// What `tail` may hold in memory.
 const TAIL_BYTES_MAX: usize = 8 << 20;
-
-fn attempts(dir: &Path) -> io::Result<Vec<u32>> {
-    let entries = match fs::read_dir(dir) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(error),
-    };
-    let number = |entry: io::Result<fs::DirEntry>| entry.ok()?.file_name().to_str()?.strip_suffix(".log")?.parse().ok();
-    Ok(entries.filter_map(number).collect())
-}
 
 /// RFC 3339 with an offset, as runtimes write it (containerd: local time). `None` when it is something else.
 fn parse_time(text: &str) -> Option<Timestamp> {
@@ -210,7 +388,9 @@ fn parse_time(text: &str) -> Option<Timestamp> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
+    use std::fs;
+
     use super::*;
     use crate::workload::WorkloadId;
 
@@ -219,16 +399,16 @@ mod tests {
         LogRequest { id, follow: false, tail: None, since: since.and_then(Timestamp::parse), stream }
     }
 
-    struct Dir(PathBuf);
+    pub(crate) struct Dir(pub(crate) PathBuf);
 
     impl Dir {
-        fn new(name: &str) -> Self {
+        pub(crate) fn new(name: &str) -> Self {
             let dir = std::env::temp_dir().join(format!("kakuri-logs-{name}-{}", std::process::id()));
             fs::create_dir_all(&dir).expect("a directory");
             Self(dir)
         }
 
-        fn append(&self, file: &str, text: &str) {
+        pub(crate) fn append(&self, file: &str, text: &str) {
             use std::io::Write;
             let mut file = fs::OpenOptions::new().create(true).append(true).open(self.0.join(file)).expect("opened");
             file.write_all(text.as_bytes()).expect("written");
@@ -254,7 +434,7 @@ mod tests {
         loop {
             let batch = reader.read().expect("read");
             tail.push(batch.lines);
-            if batch.at_end {
+            if batch.more == More::Later {
                 return texts(tail.into_lines());
             }
         }
@@ -312,6 +492,151 @@ mod tests {
         let mut reader = LogReader::new(dir.0.clone(), &request(None, None));
         assert!(tail(&mut reader, 0).is_empty());
         assert!(read(&mut reader).is_empty());
+    }
+
+    const TIME: &str = "2026-01-01T00:00:00.000000001Z";
+
+    /// Records of these lines, with times of their own, as no two records of a runtime have the same.
+    fn records(lines: std::ops::Range<u32>) -> String {
+        lines.map(|n| format!("2026-01-01T00:00:00.{n:09}Z stdout F {n}\n")).collect()
+    }
+
+    fn rename(dir: &Dir, from: &str, to: &str) {
+        fs::rename(dir.0.join(from), dir.0.join(to)).expect("renamed");
+    }
+
+    /// Reads until there is no more; the lines, with `!` before those behind a gap.
+    fn drain(reader: &mut LogReader) -> String {
+        let mut seen = Vec::new();
+        loop {
+            let batch = reader.read().expect("read");
+            seen.extend(batch.lines.into_iter().map(|l| format!("{}{}", if l.gap { "!" } else { "" }, l.line)));
+            match batch.more {
+                More::Now => {}
+                More::Soon => std::thread::park_timeout(std::time::Duration::from_millis(limits::LOG_SOON_MS)),
+                More::Later => return seen.join(" "),
+            }
+        }
+    }
+
+    #[test]
+    fn rotated_files_are_read_in_order() {
+        let dir = Dir::new("rotated");
+        for (i, file) in ["0.log.9", "0.log.10", "0.log.11", "0.log", "1.log.1", "1.log"].iter().enumerate() {
+            let first = u32::try_from(i).expect("few") * 2;
+            dir.append(file, &records(first..first + 2));
+        }
+        let mut reader = LogReader::new(dir.0.clone(), &request(None, None));
+        assert_eq!(drain(&mut reader), "!0 1 2 3 4 5 6 7 8 9 10 11", "what came before 0.log.9 is missing");
+        let mut reader = LogReader::new(dir.0.clone(), &request(None, None));
+        assert_eq!(tail(&mut reader, 3), ["9", "10", "11"]);
+        let mut reader = LogReader::new(dir.0.clone(), &request(Some("2026-01-01T00:00:00.000Z"), None));
+        assert!(drain(&mut reader).starts_with("!0 1"));
+        let mut reader = LogReader::new(dir.0.clone(), &request(Some("2026-01-01T00:00:01Z"), None));
+        assert_eq!((drain(&mut reader).as_str(), reader.has_gap()), ("", false));
+    }
+
+    #[test]
+    fn a_follower_misses_nothing_and_repeats_nothing() {
+        let dir = Dir::new("follow");
+        let mut reader = LogReader::new(dir.0.clone(), &request(None, None));
+        dir.append("0.log", &records(0..2));
+        assert_eq!(drain(&mut reader), "0 1");
+        // Renamed, and not opened anew: the runtime goes on in the old file.
+        rename(&dir, "0.log", "0.log.1");
+        assert_eq!(drain(&mut reader), "");
+        dir.append("0.log.1", &records(2..3));
+        assert_eq!(drain(&mut reader), "2");
+        // Opened anew, and the last of the old is written down late.
+        dir.append("0.log", &records(4..5));
+        assert_eq!(reader.read().expect("read").more, More::Soon);
+        dir.append("0.log.1", &records(3..4));
+        assert_eq!(drain(&mut reader), "3 4");
+        // Several rotations between two looks, and half of a line in each file.
+        dir.append("0.log", &format!("{}{TIME} stdout P a\n", records(5..6)));
+        rename(&dir, "0.log", "0.log.2");
+        dir.append("0.log.3", &format!("{TIME} stdout P b\n"));
+        dir.append("0.log.4", &format!("{TIME} stdout F c\n"));
+        dir.append("0.log", &records(6..7));
+        assert_eq!(drain(&mut reader), "5 abc 6");
+        assert_eq!(drain(&mut reader), "");
+        // The next attempt, while the file before was rotated once more.
+        rename(&dir, "0.log", "0.log.5");
+        dir.append("0.log", &records(7..8));
+        dir.append("1.log.1", &records(8..9));
+        dir.append("1.log", &records(9..10));
+        assert_eq!(drain(&mut reader), "7 8 9");
+        assert!(!reader.has_gap());
+    }
+
+    #[test]
+    fn what_was_removed_unread_is_said_and_nothing_is_mixed() {
+        let dir = Dir::new("gap");
+        let mut reader = LogReader::new(dir.0.clone(), &request(None, None));
+        dir.append("0.log", &format!("{}{TIME} stdout P begun \n{TIME} stdout F cut in the mid", records(0..1)));
+        assert_eq!(drain(&mut reader), "0");
+        rename(&dir, "0.log", "0.log.1");
+        let files = Files::open(&dir.0).expect("opened").expect("there");
+        // The present file is removed with the next two.
+        files.remove(Name { attempt: 0, number: 1 }).expect("removed");
+        dir.append("0.log.4", &records(4..5));
+        dir.append("0.log", &records(5..6));
+        assert_eq!(drain(&mut reader), "begun  !4 5");
+        // Emptied where it stands, and longer than before when looked at again.
+        files.empty(Name::live(0)).expect("emptied");
+        dir.append("0.log", &records(70..90));
+        let expect: Vec<String> = (70..90).map(|n| n.to_string()).collect();
+        assert_eq!(drain(&mut reader), format!("!{}", expect.join(" ")));
+        // Emptied after its rotation, and nothing of it was read.
+        rename(&dir, "0.log", "0.log.5");
+        dir.append("0.log.6", "");
+        dir.append("0.log", &records(91..92));
+        assert_eq!(drain(&mut reader), "!91");
+        // At the very end there is no line to say it.
+        files.empty(Name::live(0)).expect("emptied");
+        assert_eq!((drain(&mut reader).as_str(), reader.has_gap()), ("", true));
+        // A deleted workload's reader comes to an end.
+        fs::remove_dir_all(&dir.0).expect("removed");
+        assert_eq!(drain(&mut reader), "");
+        fs::create_dir(&dir.0).expect("made");
+    }
+
+    #[test]
+    fn a_record_that_never_ends_is_passed_over() {
+        let dir = Dir::new("endless");
+        dir.append("0.log", &format!("{TIME} stdout F {}", "x".repeat(3 * limits::LOG_RECORD_BYTES_MAX)));
+        dir.append("0.log", &format!("{TIME} stdout F {TIME} stdout F forged\n{TIME} stdout F next\n"));
+        let mut reader = LogReader::new(dir.0.clone(), &request(None, None));
+        assert_eq!(drain(&mut reader), "next");
+    }
+
+    #[test]
+    fn a_reader_keeps_up_with_a_rotation_that_never_rests() {
+        let dir = Dir::new("storm");
+        let path = dir.0.clone();
+        // As the runtime and the agent do it, as fast as they can, with more files than are ever pruned.
+        let writer = std::thread::spawn(move || {
+            let files = Files::open(&path).expect("opened").expect("there");
+            for round in 0..300_u32 {
+                let text = records(round * 10..round * 10 + 10);
+                fs::write(path.join("0.log"), text).expect("written");
+                files.rename(Name::live(0), Name { attempt: 0, number: u64::from(round) + 1 }).expect("renamed");
+            }
+            fs::write(path.join("0.log"), records(3000..3010)).expect("written");
+        });
+        let mut reader = LogReader::new(dir.0.clone(), &request(None, None));
+        let mut seen = String::new();
+        while !seen.ends_with("3009 ") {
+            let more = drain(&mut reader);
+            if !more.is_empty() {
+                seen.push_str(&more);
+                seen.push(' ');
+            }
+            assert!(!more.contains('!'), "{more}");
+        }
+        writer.join().expect("written");
+        let expect: String = (0..3010).map(|n| format!("{n} ")).collect();
+        assert!(seen == expect, "{seen}");
     }
 
     #[test]

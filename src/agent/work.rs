@@ -206,7 +206,7 @@ pub fn remove_stray_logs(agent: &Agent) {
 
 /// The file that marks a log directory as this node's. Logs commonly live among those of others, whose directories have names like
 /// those of workloads.
-fn mark(agent: &Agent) -> String {
+pub fn mark(agent: &Agent) -> String {
     format!(".kakuri-{}", agent.registry.node())
 }
 

@@ -75,6 +75,9 @@ memory_mb = 2048
 cpu_millicores = 4000
 start_workers = 2
 relist_ms = 500
+log_file_kb = 64
+log_files = 3
+log_reserve_mb = 0
 
 [labels]
 zone = "a"
@@ -96,6 +99,8 @@ fn a_full_file_is_read_whole() {
     assert_eq!(config.listen.iter().map(ToString::to_string).collect::<Vec<_>>(), ["127.0.0.1:9001", "unix:///run/kakuri/agent.sock"]);
     assert_eq!(config.state_dir, std::env::temp_dir().join("state"));
     assert_eq!(config.log_dir, std::env::temp_dir().join("state/logs"));
+    let logs = LogLimits { file_bytes: 65_536, files: 3, total_bytes: 4096 << 20, reserve_bytes: Some(0), check_ms: 500 };
+    assert_eq!(config.logs, logs);
     assert_eq!(config.log_level, LevelFilter::Debug);
     assert_eq!((config.memory_mb, config.cpu_millicores, config.relist_ms), (Some(2048), Some(4000), Some(500)));
     assert_eq!((config.start_workers, config.stop_workers), (2, limits::STOP_WORKERS_DEFAULT));
@@ -139,6 +144,11 @@ fn every_bad_agent_file_is_explained_with_its_line() {
     check("memory_mb = -1", &["2: invalid value: integer `-1`"]);
     check("memory_mb = 0", &["2: must be a number from 1 to"]);
     check("relist_ms = 1", &["2: must be a number from 100"]);
+    check("log_file_kb = 15", &["2: must be a number from 16"]);
+    check("log_files = 0", &["2: must be a number from 1"]);
+    check("log_files = 65", &["2: must be a number from 1 to 64"]);
+    check("log_total_mb = 0", &["2: must be a number from 1"]);
+    check("log_check_ms = 19", &["2: must be a number from 20"]);
     check("log_level = \"loud\"", &["2: must be one of error"]);
     check("cri_endpoint = \"tcp://x\"", &["2: unix socket path must be"]);
     check("mount_roots = [\"/\"]", &["2: a mount root must be"]);

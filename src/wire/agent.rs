@@ -10,7 +10,8 @@
 //! - `GetStatus` with `wait_ms` is answered with `NotFound` when the workload goes away meanwhile.
 //! - `Watch` with `since` begins with every event since that revision, or is refused with `NotFound` when they are not kept any more.
 //! - `Watch` begins with `ADDED` for everything there is, and a `Heartbeat` that ends the list.
-//! - `GetLogs` refuses with its first line, or ends with `LogEnd`; with `follow` there may be `Heartbeat`s between.
+//! - `GetLogs` refuses with its first line, or ends with `LogEnd`; with `follow` there may be `Heartbeat`s between. A `Log` with
+//!   `"gap":true` says that output before it was removed and could not be read; a `LogEnd`, after the last line.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -333,6 +334,9 @@ pub enum Reply {
     Log(LogLine),
     LogEnd {
         id: String,
+        /// Output after the last line is missing.
+        #[serde(default, skip_serializing_if = "is_false")]
+        gap: bool,
     },
     Node(Box<Node>),
     Ok,
@@ -465,6 +469,14 @@ pub struct LogLine {
     pub time: String,
     /// The line; bytes that are not UTF-8 are replaced.
     pub line: String,
+    /// Output before it is missing: it was removed for want of space, or to keep the log within its bounds.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub gap: bool,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)] // serde asks by reference.
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 /// A node, as its agent describes it.
@@ -503,7 +515,7 @@ pub struct Node {
 /// A statement on a node's health.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Condition {
-    /// `RuntimeReady` or `NetworkReady`, with the class's endpoint where there are several.
+    /// `RuntimeAnswers`, `RuntimeReady` or `NetworkReady`, with the class's endpoint where there are several; `DiskSpace`.
     pub r#type: String,
     /// Whether it holds.
     pub ok: bool,

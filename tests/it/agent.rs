@@ -310,7 +310,7 @@ fn a_log_is_followed_to_its_end(place: &Place) {
     let mut follow = agent.line();
     follow.tell(&json!({"type": "GetLogs", "id": "wl-2", "follow": true}));
     agent.delete("wl-2");
-    assert_eq!(follow.reply(), Reply::LogEnd { id: "wl-2".into() });
+    assert_eq!(follow.reply(), Reply::LogEnd { id: "wl-2".into(), gap: false });
 }
 
 fn the_end_of_a_workload_is_noticed_by_relisting(place: &Place) {

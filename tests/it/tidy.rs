@@ -48,7 +48,7 @@ const DOORS: [(&str, &[&str]); 19] = [
     ("humantime", &["deadline.rs", "sim/logs.rs"]),
     ("log", &[""]),
     ("prost", &["cri/", "sim/"]),
-    ("rustix", &["agent/journal.rs"]),
+    ("rustix", &["agent/journal.rs", "agent/logs/files.rs"]),
     ("serde", &["config.rs", "wire/"]),
     ("serde_json", &["agent", "cli", "control_plane", "wire/"]),
     ("signal_hook", &["cli/play.rs", "daemon.rs"]),

@@ -128,10 +128,15 @@ impl FakeAgent {
             }
             Request::GetLogs(logs) => {
                 let line = |n: u32| {
-                    Reply::Log(LogLine { stream: LogStream::Stdout, time: format!("2026-01-01T00:00:0{n}Z"), line: format!("line {n}") })
+                    Reply::Log(LogLine {
+                        stream: LogStream::Stdout,
+                        time: format!("2026-01-01T00:00:0{n}Z"),
+                        line: format!("line {n}"),
+                        gap: false,
+                    })
                 };
                 let heartbeat = Reply::Heartbeat { time: Timestamp::now(), revision: 0 };
-                return vec![line(1), heartbeat, line(2), Reply::LogEnd { id: logs.id.to_string() }];
+                return vec![line(1), heartbeat, line(2), Reply::LogEnd { id: logs.id.to_string(), gap: false }];
             }
             Request::Exec { command, .. } => {
                 let (stdout, encoding) = (command.join(" "), "utf-8".into());
