@@ -18,6 +18,7 @@ mod grpcio;
 mod isolation;
 mod lab;
 mod lifecycle;
+mod logs;
 mod recovery;
 mod tidy;
 mod torture;

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-use kakuri::agent::logs::{LogReader, Tail};
+use kakuri::agent::logs::{LogReader, More, Tail};
 use kakuri::config;
 use kakuri::cri::Client;
 use kakuri::cri::proto::StatusResponse;
@@ -257,7 +257,7 @@ fn logs_that_a_runtime_wrote() {
         loop {
             let batch = reader.read().expect("a file");
             lines.extend(batch.lines);
-            if batch.at_end {
+            if batch.more == More::Later {
                 return lines;
             }
         }

@@ -51,7 +51,7 @@ pub fn expect_error(reply: Reply) -> ErrorReply {
 
 impl<'a> Agent<'a> {
     /// Starts one with these flags beside the usual ones; a flag given here replaces the usual one.
-    pub(super) fn start(place: &'a Place, name: &str, node: String, flags: &[&str]) -> Self {
+    pub(super) fn start(place: &'a Place, name: &str, node: String, flags: &[&str], die_at: Option<&str>) -> Self {
         let state = place.dir.join(name).display().to_string();
         let endpoint = place.endpoint_url();
         let usual = [
@@ -64,7 +64,7 @@ impl<'a> Agent<'a> {
         ];
         let missing = usual.iter().filter(|(flag, _)| !flags.contains(flag)).flat_map(|(flag, value)| [*flag, *value]);
         let flags: Vec<String> = missing.chain(flags.iter().copied()).map(str::to_owned).collect();
-        let (daemon, lines) = Daemon::start(AGENT, name, &place.dir.join(""), &flags);
+        let (daemon, lines) = Daemon::start_to_die(AGENT, name, &place.dir.join(""), &flags, die_at);
         let address = lines.first().and_then(|line| address_of(line)).expect("an address in the ready file");
         Self { place, name: name.to_owned(), node, daemon: Some(daemon), address, flags, idle: None, line: RefCell::default() }
     }

@@ -33,10 +33,16 @@ impl Daemon {
     /// Starts a program with `--until-eof` and `--ready-file`, its words appended to `DIR/NAME.log`, and waits until it serves.
     /// Returns it with the lines of its ready file.
     pub fn start(program: &str, name: &str, dir: &Path, args: &[String]) -> (Self, Vec<String>) {
+        Self::start_to_die(program, name, dir, args, None)
+    }
+
+    /// The same, to die at a failpoint.
+    pub fn start_to_die(program: &str, name: &str, dir: &Path, args: &[String], die_at: Option<&str>) -> (Self, Vec<String>) {
         let (log, ready) = (dir.join(format!("{name}.log")), dir.join(format!("{name}.ready")));
         let _ = fs::remove_file(&ready); // Of an earlier life.
         let mut command = command(program);
         command.args(args).arg("--until-eof").arg("--ready-file").arg(&ready);
+        command.envs(die_at.map(|place| ("KAKURI_DIE_AT", place)));
         let mut daemon = Self::spawn(command, name, &log);
         let lines = eventually(&format!("{name} serves"), SOON_MS, || {
             if let Some(status) = daemon.try_wait() {

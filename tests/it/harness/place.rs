@@ -238,12 +238,19 @@ impl Place {
 
     /// An agent that may not be ready.
     pub fn agent_now(&self, flags: &[&str]) -> Agent<'_> {
-        Agent::start(self, "agent", self.node.clone(), flags)
+        Agent::start(self, "agent", self.node.clone(), flags, None)
+    }
+
+    /// An agent that ends at a failpoint, as `kill -9` would end it; [`Agent::again`] brings it back without.
+    pub fn agent_to_die(&self, flags: &[&str], die_at: &str) -> Agent<'_> {
+        let mut agent = Agent::start(self, "agent", self.node.clone(), flags, Some(die_at));
+        agent.wait_until_ready();
+        agent
     }
 
     /// Another agent of this runtime, ready for work, with a node of its own.
     pub fn agent_named(&self, name: &str, flags: &[&str]) -> Agent<'_> {
-        let mut agent = Agent::start(self, name, format!("{}-{name}", self.node), flags);
+        let mut agent = Agent::start(self, name, format!("{}-{name}", self.node), flags, None);
         agent.wait_until_ready();
         agent
     }
