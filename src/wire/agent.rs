@@ -11,7 +11,8 @@
 //! - `Watch` with `since` begins with every event since that revision, or is refused with `NotFound` when they are not kept any more.
 //! - `Watch` begins with `ADDED` for everything there is, and a `Heartbeat` that ends the list.
 //! - `GetLogs` refuses with its first line, or ends with `LogEnd`; with `follow` there may be `Heartbeat`s between. A `Log` with
-//!   `"gap":true` says that output before it was removed and could not be read; a `LogEnd`, after the last line.
+//!   `"gap":true` says that output before it was removed and could not be read (it may be the end of a line that was cut by that); a
+//!   `LogEnd`, after the last line.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};

@@ -53,6 +53,29 @@ fn assert_counts(lines: &[LogLine], first: u32, last: u32) {
     assert_eq!(next, last + 1, "{} lines", lines.len());
 }
 
+/// Follows until the number 1000000 comes: none may come twice, and none be missing without a word. A runtime may cut a line in two
+/// where it opens a new file; so the first line behind a gap may be half of one. What was gone before it began nobody owes a follower.
+#[track_caller]
+fn assert_order(follower: &mut Line, mut see: impl FnMut(u32)) {
+    let (mut last, mut is_after_gap) = (0, true);
+    while last != 1_000_000 {
+        let line = match follower.reply() {
+            Reply::Log(line) => line,
+            other => panic!("{}", brief(&other)),
+        };
+        let n = number(&line);
+        see(n);
+        if line.gap && n != 1_000_000 {
+            is_after_gap = true;
+            continue;
+        }
+        assert!(n > last, "{n} after {last}");
+        let is_next = n == last + 1 || n == 1_000_000;
+        assert!(is_next || is_after_gap, "{last} is followed by {n}, and nobody says that something is missing");
+        (last, is_after_gap) = (n, false);
+    }
+}
+
 /// The workload's files, and their sizes.
 fn files(agent_dir: &Path, id: &str) -> Vec<(String, u64)> {
     let mut found = Vec::new();
@@ -115,7 +138,7 @@ fn a_log_stays_within_its_bounds(place: &Place) {
     const FILE: u64 = 16 << 10;
     let agent = place.agent(&["--log-file-kb", "16", "--log-files", "3", "--log-check-ms", "20"]);
     let dir = place.dir.join("agent");
-    agent.run(&count(place, "wl-1", &counting(15, 2000, "0.1", "echo 1000000; sleep 1000")));
+    agent.run(&count(place, "wl-1", &counting(50, 500, "0.05", "echo 1000000; sleep 1000")));
     let mut follower = follow(&agent, "wl-1", json!({}));
     let mut last = 0;
     let mut most = 0;
@@ -142,7 +165,7 @@ fn a_log_stays_within_its_bounds(place: &Place) {
     });
     // Three, and maybe the last that was rotated, emptied.
     assert!(found.len() <= 4 && is_rotated(&found), "{found:?}");
-    println!("at most {} KiB of about 1300, bound {} KiB", most >> 10, 4 * FILE >> 10);
+    println!("at most {} KiB of about 1100, bound {} KiB", most >> 10, (4 * FILE) >> 10);
     assert_eq!(agent.logs(json!({"id": "wl-1", "tail": 1})).first().map(number), Some(1_000_000));
     assert_eq!(agent.status("wl-1").0, State::Running);
 }
@@ -170,12 +193,12 @@ fn all_logs_together_stay_within_their_bound(place: &Place) {
 fn an_agent_that_dies_in_a_rotation_loses_nothing(place: &Place) {
     for die_at in ["agent-log-rename-before@1", "agent-log-rename-after@1", "agent-log-reopen-after@1"] {
         let mut agent = place.agent_to_die(&KEEP_ALL, die_at);
-        agent.run(&count(place, "wl-1", &counting(20, 400, "0.1", "sleep 1; seq 8001 9000")));
+        agent.run(&count(place, "wl-1", &counting(8, 400, "0.1", "sleep 1; seq 3201 4000")));
         assert_eq!(agent.wait_for_end(crate::harness::SOON_MS), None, "{die_at}");
         agent.again();
         let mut follower = follow(&agent, "wl-1", json!({}));
-        assert_counts(&read_logs(&mut follower), 1, 9000);
-        assert_counts(&agent.logs(json!({"id": "wl-1"})), 1, 9000);
+        assert_counts(&read_logs(&mut follower), 1, 4000);
+        assert_counts(&agent.logs(json!({"id": "wl-1"})), 1, 4000);
         let found = files(&place.dir.join("agent"), "wl-1");
         assert!(found.len() >= 4, "{die_at}: {found:?}");
         agent.delete("wl-1");
@@ -199,13 +222,7 @@ fn a_runtime_that_opens_no_file_anew_is_asked_again() {
     until("the log is small", || bytes(&files(&dir, "wl-1")) <= 4 * (16 << 10));
     place.faults(&[]);
     until("the runtime opened a new file", || files(&dir, "wl-1").iter().any(|(name, _)| name == "0.log"));
-    let mut last = 0;
-    while last != 1_000_000 {
-        let Reply::Log(line) = follower.reply() else { panic!("the log ended") };
-        let n = number(&line);
-        assert!(n == last + 1 || (n > last && line.gap), "{n} after {last}, gap: {}", line.gap);
-        last = n;
-    }
+    assert_order(&mut follower, |_| {});
     assert_eq!(agent.status("wl-1").0, State::Running);
 }
 
