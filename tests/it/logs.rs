@@ -298,9 +298,11 @@ fn on_a_small_disk(disk: &Path) {
     assert_eq!(agent.status("wl-1").0, State::Running);
     until("there is space", || space().ok);
     assert!(space().message.contains("dropped"), "{:?}", space());
-    // What the journal would write.
-    fs::write(disk.join("state/journal"), vec![1; 2 << 20]).expect("there is room");
-    fs::remove_file(disk.join("state/journal")).expect("removed");
+    // The journal was never short of space, and could grow.
+    let written = agent.node().conditions.into_iter().find(|c| c.r#type == "JournalWritable").expect("a condition");
+    assert!(written.ok, "{written:?}");
+    fs::write(disk.join("state/room"), vec![1; 2 << 20]).expect("there is room");
+    fs::remove_file(disk.join("state/room")).expect("removed");
 
     // Somebody else fills the disk: the node says so, keeps what it can, and takes no work meanwhile.
     agent.run(&count(&place, "wl-2", "echo small; sleep 1000"));
