@@ -9,6 +9,8 @@
 //! | agent-accept | one per listener |
 //! | agent-N | one per connection |
 //! | start-N | starts workloads, one at a time each |
+//! | pull-N | pulls images for starts that wait for them |
+//! | images | writes down what was pulled, and collects images |
 //! | end-N | stops and removes workloads |
 //! | probe-N | asks guests for their kernel |
 //! | health-N | asks workloads how they are |
@@ -21,6 +23,7 @@
 //! Invariant: the agent's end ends no workload.
 
 pub mod handlers;
+pub mod images;
 pub mod journal;
 pub mod logs;
 pub mod node;
@@ -50,6 +53,7 @@ use crate::net::listen::{Server, Service};
 use crate::report::{Chain, Exit, complain, init_log, say};
 use crate::workload::WorkloadId;
 
+use images::Images;
 use journal::Journal;
 use node::{Endpoint, Node, Stoppers};
 use registry::{Batch, Queues, Registry, Restored};
@@ -97,8 +101,8 @@ pub struct Agent {
     pub relist_ms: Option<u64>,
     /// Roots under which host mounts may lie, as configured and as they really are.
     pub mount_roots: Vec<PathBuf>,
-    /// A docker `config.json`.
-    pub registry_credentials: Option<PathBuf>,
+    /// Images, and the starts that wait for them.
+    pub images: Images,
     /// Of the node.
     pub labels: BTreeMap<String, String>,
     /// The bounds of logs.
@@ -202,7 +206,7 @@ fn run(config: &AgentConfig) -> Result<(), Box<dyn std::error::Error>> {
         sweeps: Sweeps { queue: sweep_sender, under_way: Mutex::default() },
         relist_ms: config.relist_ms,
         mount_roots,
-        registry_credentials: config.registry_credentials.clone(),
+        images: Images::new(config),
         labels: config.labels.clone(),
         rotation: Rotation::new(config.logs),
         stopping: AtomicBool::new(false),
@@ -306,6 +310,12 @@ fn start_threads(agent: &Arc<Agent>, config: &AgentConfig, queues: &WorkQueues) 
         });
     };
     threads.push((spawn("sweep", sweep)?, false));
+    for i in 0..config.pulls_max {
+        let a = Arc::clone(agent);
+        threads.push((spawn(&format!("pull-{i}"), move || images::pull_loop(&a))?, false));
+    }
+    let a = Arc::clone(agent);
+    threads.push((spawn("images", move || images::keep_loop(&a))?, false));
     let a = Arc::clone(agent);
     threads.push((spawn("tick", move || tick_loop(&a))?, false));
     let a = Arc::clone(agent);
@@ -388,6 +398,7 @@ fn stop_all(agent: &Arc<Agent>, servers: Vec<Server>, stop: Sender<()>, threads:
     agent.stopping.store(true, Ordering::SeqCst);
     drop(stop);
     agent.registry.wake_all();
+    agent.images.wake_all();
     agent.stoppers.stop();
     let deadline = Deadline::within_ms(limits::DRAIN_MS, "drain");
     for server in servers {

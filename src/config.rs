@@ -67,6 +67,12 @@ pub struct AgentConfig {
     pub relist_ms: Option<u64>,
     /// A `config.json` as Docker writes it, with the credentials of registries.
     pub registry_credentials: Option<PathBuf>,
+    /// Others of them, by the name under which workloads ask for them.
+    pub credentials: BTreeMap<Name, PathBuf>,
+    /// Images pulled at a time.
+    pub pulls_max: usize,
+    /// When images are collected.
+    pub image_gc: ImageGc,
     /// A file that gets a line per listener (`tcp=ADDRESS`, `unix=PATH`) once the daemon serves.
     pub ready_file: Option<PathBuf>,
     /// Stop when stdin ends.
@@ -86,6 +92,19 @@ pub struct LogLimits {
     pub reserve_bytes: Option<u64>,
     /// How often a log that does not grow is looked at.
     pub check_ms: u64,
+}
+
+/// When images that kakuri pulled, and nobody uses, are removed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ImageGc {
+    /// From here on, percent of their file system; 100 is never.
+    pub high_percent: u64,
+    /// Down to here.
+    pub low_percent: u64,
+    /// Younger ones stay, milliseconds.
+    pub min_age_ms: u64,
+    /// The room for images; that of their file system when absent.
+    pub capacity_bytes: Option<u64>,
 }
 
 /// A runtime class: which handler of which runtime, and what it costs.
@@ -261,6 +280,7 @@ const AGENT: Usage = Usage::new(
         Flag::long("stop-workers", Takes::Value("N"), "workloads stopped at a time"),
         Flag::long("relist-ms", Takes::Value("MS"), "time between two looks at the runtime's list"),
         Flag::long("registry-credentials", Takes::Value("FILE"), "Docker's config.json with credentials of registries"),
+        Flag::long("pulls-max", Takes::Value("N"), "images pulled at a time"),
         READY_FILE,
         UNTIL_EOF,
     ]],
@@ -310,6 +330,19 @@ struct RawAgent {
     stop_workers: Option<Spanned<u64>>,
     relist_ms: Option<Spanned<u64>>,
     registry_credentials: Option<Spanned<String>>,
+    credentials: BTreeMap<String, Spanned<RawCredentials>>,
+    pulls_max: Option<Spanned<u64>>,
+    image_gc_high_percent: Option<Spanned<u64>>,
+    image_gc_low_percent: Option<Spanned<u64>>,
+    image_gc_min_age_s: Option<Spanned<u64>>,
+    image_gc_capacity_mb: Option<Spanned<u64>>,
+}
+
+/// `[credentials.NAME]`
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct RawCredentials {
+    file: Option<Spanned<String>>,
 }
 
 /// `[runtime_classes.NAME]`
@@ -407,6 +440,10 @@ fn agent_in(args: &[String], environment: Environment) -> Result<Parsed<AgentCon
     let stop_workers = reader.workers("stop-workers", raw.stop_workers, limits::STOP_WORKERS_DEFAULT);
     let relist_ms = reader.number("relist-ms", raw.relist_ms, limits::RELIST_MS_MIN..=limits::RELIST_MS_MAX);
     let registry_credentials = reader.path("registry-credentials", raw.registry_credentials);
+    let credentials = reader.credentials(raw.credentials);
+    let pulls_max = reader.workers("pulls-max", raw.pulls_max, limits::PULLS_MAX_DEFAULT);
+    let marks = [raw.image_gc_high_percent, raw.image_gc_low_percent];
+    let image_gc = reader.image_gc(marks, raw.image_gc_min_age_s, raw.image_gc_capacity_mb);
     let ready_file = reader.path("ready-file", None);
     let until_eof = reader.matches.present("until-eof");
     reader.finish(node_id.zip(state_dir).zip(log_dir).map(|((node_id, state_dir), log_dir)| AgentConfig {
@@ -427,6 +464,9 @@ fn agent_in(args: &[String], environment: Environment) -> Result<Parsed<AgentCon
         stop_workers,
         relist_ms,
         registry_credentials,
+        credentials,
+        pulls_max,
+        image_gc,
         ready_file,
         until_eof,
     }))
@@ -651,6 +691,47 @@ impl Reader {
         class.memory_mb_min = memory_mb_min.unwrap_or(class.memory_mb_min);
         class.start_timeout_ms = start_timeout_ms.unwrap_or(class.start_timeout_ms);
         Some(class)
+    }
+
+    fn credentials(&mut self, raw: BTreeMap<String, Spanned<RawCredentials>>) -> BTreeMap<Name, PathBuf> {
+        let mut sets = BTreeMap::new();
+        for (name, raw) in raw {
+            let header = self.file.given(&Spanned::new(raw.span(), &name));
+            let name = self.check(&header, Name::new);
+            let base = self.file.directory.clone();
+            let raw = raw.into_inner();
+            if raw.file.is_none() {
+                self.problem(&header.origin, "file is missing: a set of credentials is a docker config.json");
+            }
+            let file = self.file_one(raw.file, |text| absolute(&base, text));
+            sets.extend(name.zip(file));
+        }
+        if sets.len() > limits::CREDENTIALS_MAX {
+            self.problem("credentials", format!("at most {} sets", limits::CREDENTIALS_MAX));
+        }
+        sets
+    }
+
+    fn image_gc(
+        &mut self,
+        marks: [Option<Spanned<u64>>; 2],
+        min_age_s: Option<Spanned<u64>>,
+        capacity_mb: Option<Spanned<u64>>,
+    ) -> ImageGc {
+        let origin = marks.iter().flatten().next().map(|mark| self.file.given(mark).origin);
+        let [high, low] = marks.map(|mark| self.file_one(mark, within(0..=100)));
+        let (high, low) = (high.unwrap_or(limits::IMAGE_GC_HIGH_PERCENT_DEFAULT), low.unwrap_or(limits::IMAGE_GC_LOW_PERCENT_DEFAULT));
+        if let Some(origin) = origin.filter(|_| low > high) {
+            self.problem(origin, format!("image_gc_low_percent is {low}, above image_gc_high_percent, {high}"));
+        }
+        let min_age_s = self.file_one(min_age_s, within(0..=limits::IMAGE_GC_MIN_AGE_S_MAX));
+        let capacity_mb = self.file_one(capacity_mb, within(1..=limits::NODE_MEMORY_MB_MAX));
+        ImageGc {
+            high_percent: high,
+            low_percent: low,
+            min_age_ms: min_age_s.unwrap_or(limits::IMAGE_GC_MIN_AGE_S_DEFAULT) * 1000,
+            capacity_bytes: capacity_mb.map(|mb| mb << 20),
+        }
     }
 
     fn mount_roots(&mut self, raw: &[Spanned<String>]) -> Vec<PathBuf> {

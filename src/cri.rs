@@ -7,6 +7,7 @@
 //! Invariant: only sandboxes that carry our labels, with our node's name, are ever listed or touched.
 
 pub mod client;
+pub mod images;
 pub mod proto;
 pub mod runtime;
 

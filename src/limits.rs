@@ -194,6 +194,36 @@ pub const DELETE_WAIT_MS_DEFAULT: u64 = 60_000;
 pub const START_WORKERS_DEFAULT: usize = 8;
 /// Workers that stop and remove workloads; apart from starts, so that a slow pull never delays a kill.
 pub const STOP_WORKERS_DEFAULT: usize = 4;
+/// Images pulled at a time, when the configuration names no other number.
+pub const PULLS_MAX_DEFAULT: usize = 4;
+/// How soon a pull that nobody waits for any more is broken off.
+pub const PULL_LOOK_MS: u64 = 200;
+/// Between two tries of a pull, doubling from the first to the second.
+pub const PULL_RETRY_MS_MIN: u64 = 500;
+/// Between two tries of a pull.
+pub const PULL_RETRY_MS_MAX: u64 = 30_000;
+/// A file of registry credentials.
+pub const CREDENTIALS_BYTES_MAX: usize = 256 * 1024;
+/// Sets of registry credentials that workloads may name.
+pub const CREDENTIALS_MAX: usize = 64;
+/// Images an agent remembers to have pulled; what is over is never collected.
+pub const IMAGES_MAX: usize = 4096;
+/// Names, and sets of credentials, an image is remembered to have been pulled under.
+pub const IMAGE_NAMES_MAX: usize = 64;
+/// The file they are remembered in.
+pub const IMAGES_FILE_BYTES_MAX: usize = 64 << 20;
+/// Images one `CollectImages` tells of.
+pub const IMAGES_SHOWN_MAX: usize = 400;
+/// Between two looks for images to collect, when nothing happens.
+pub const IMAGE_GC_PERIOD_MS: u64 = 60_000;
+/// The file system of images is collected from here on, percent, when the configuration says nothing else: the kubelet's marks.
+pub const IMAGE_GC_HIGH_PERCENT_DEFAULT: u64 = 85;
+/// And down to here.
+pub const IMAGE_GC_LOW_PERCENT_DEFAULT: u64 = 80;
+/// Younger images stay.
+pub const IMAGE_GC_MIN_AGE_S_DEFAULT: u64 = 120;
+/// The most a configuration may ask for: a year.
+pub const IMAGE_GC_MIN_AGE_S_MAX: u64 = 31_536_000;
 /// Workers of either kind.
 pub const WORKERS_MAX: u64 = 256;
 /// Addresses one daemon listens on.
@@ -353,6 +383,8 @@ const _: () = assert!(EXEC_OUTPUT_BYTES_MAX * 3 < LINE_BYTES_MAX, "both exec out
 const _: () = assert!((LOG_LINE_BYTES_MAX + LOG_RECORD_BYTES_MAX) * 5 < LINE_BYTES_MAX, "a log line in base64-like escapes fits one reply");
 const _: () = assert!(AGENT_SPECS_BYTES_MAX + AGENT_WORKLOADS_MAX * 1536 < GRPC_MESSAGE_BYTES_MAX, "the runtime can list all workloads");
 const _: () = assert!(WORKLOAD_BYTES_MAX + 16 * 1024 < LINE_BYTES_MAX, "a workload and its status fit one reply");
+const _: () = assert!(IMAGES_SHOWN_MAX * (IMAGE_BYTES_MAX * 3 + 512) < LINE_BYTES_MAX, "what CollectImages tells fits one reply");
+const _: () = assert!(PULL_RETRY_MS_MAX < START_DEADLINE_MS_DEFAULT, "a start sees several tries of its pull");
 const _: () = assert!(LINE_BYTES_MAX < GRPC_MESSAGE_BYTES_MAX, "a workload always fits one CRI message");
 const _: () = assert!(HTTP_TARGET_BYTES_MAX < HTTP_HEAD_BYTES_MAX, "a long target is 414, not 431");
 const _: () = assert!(CRI_QUICK_MS_MAX < UNDO_MS_MAX, "an undo has time for several calls");

@@ -2,7 +2,8 @@
 //!
 //! *Scope*: for tests, and for machines without a runtime. Containers are state machines driven by their command (`script`'s
 //! mini-language), with real CRI log files; images are names, and what their name says is how a pull goes (`not-found`,
-//! `unauthorized`, `unreachable`, `disk-full`, `slow-500`); every method takes scripted faults (`faults`), from flags or from a
+//! `unauthorized`, `unreachable`, `disk-full`, `slow-500`), how large it is (`mb-70`), and that its content is another's
+//! (`same-1`); every method takes scripted faults (`faults`), from flags or from a
 //! file that tests replace at run time; each call leaves a line in a log. *Not here*: processes, networks, anything to trust.
 //!
 //! With `--persist` the state is written to `DIR/state` at each change and read at the start. A simulator that was killed then

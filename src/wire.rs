@@ -12,6 +12,7 @@ pub mod agent;
 pub mod api;
 pub mod containerd;
 pub mod docker;
+pub mod images;
 pub mod json;
 pub mod record;
 pub mod status;

@@ -294,6 +294,22 @@ impl ImageRef {
     pub fn registry(&self) -> &str {
         self.0.split('/').next().unwrap_or_default()
     }
+
+    /// Registry and path, without tag and digest.
+    pub fn repository(&self) -> &str {
+        let name = self.0.split('@').next().unwrap_or_default();
+        name.rsplit_once(':').filter(|(_, tag)| !tag.contains('/')).map_or(name, |(repository, _)| repository)
+    }
+
+    /// The digest it is pinned to.
+    pub fn digest(&self) -> Option<&str> {
+        self.0.split_once('@').map(|(_, digest)| digest)
+    }
+
+    /// As runtimes list it: a tag beside a digest says nothing more, and they drop it.
+    pub fn listed(&self) -> String {
+        self.digest().map_or_else(|| self.0.clone(), |digest| format!("{}@{digest}", self.repository()))
+    }
 }
 
 const DEFAULT_REGISTRY: &str = "docker.io";

@@ -13,7 +13,7 @@ use super::logs::{LogReader, More, Tail};
 use super::node::Offer;
 use super::registry::{Container, NoWatch, Refusal};
 use super::work::is_allowed;
-use super::{node, reconcile};
+use super::{images, node, reconcile};
 use crate::cri::runtime::Class;
 use crate::deadline::{Deadline, Stopwatch, Timestamp};
 use crate::grpc::Code;
@@ -130,6 +130,7 @@ fn handle(agent: &Agent, request: Request, client: &mut Client<'_>) -> Result<()
     let reply = match request {
         // No listener asks for a token yet; one that is offered does no harm.
         Request::Auth { token: _ } => Reply::Ok,
+        Request::CollectImages { dry_run } => collect_images(agent, dry_run),
         Request::DeleteWorkload { id, wait_ms } => delete(agent, &id, wait_ms, client),
         Request::Exec { id, command, timeout_ms } => exec(agent, &id, &command, timeout_ms),
         Request::GetLogs(request) => return logs(agent, &request, client),
@@ -257,7 +258,7 @@ fn broken_rules(agent: &Agent, workload: &Workload, class: &Class) -> Problems {
     if spec.pids_max.is_some() && !node::has_cgroup_v2() {
         problems.add("/workload/pids_max", "cannot be enforced on this node: it has no cgroup v2");
     }
-    if spec.pull_credentials.is_some() {
+    if spec.pull_credentials.as_ref().is_some_and(|name| !agent.images.has_credentials(name)) {
         problems.add("/workload/image_pull/credentials", "this node has no credentials of that name");
     }
     for (i, mount) in spec.mounts.iter().enumerate() {
@@ -296,6 +297,17 @@ fn delete(agent: &Agent, id: &WorkloadId, wait_ms: Option<u64>, client: &Client<
     let last = agent.registry.status(id).and_then(|(_, status)| status.last_error);
     let because = last.map(|error| format!(": {error}")).unwrap_or_default();
     Reply::error(ErrorCode::DeadlineExceeded, format!("not gone yet; it will be{because}"), Some(id.to_string()))
+}
+
+fn collect_images(agent: &Agent, dry_run: bool) -> Reply {
+    // Before the first list nobody knows what runs here.
+    if !agent.node.endpoints.iter().all(|endpoint| endpoint.is_listed()) {
+        return Reply::error(ErrorCode::Unavailable, "a runtime was not listed since the agent started", None);
+    }
+    match images::collect::collect(agent, dry_run) {
+        Some(images) => Reply::Images(images),
+        None => Reply::error(ErrorCode::Unavailable, "images are being collected already", None),
+    }
 }
 
 fn list(agent: &Agent, after: Option<&WorkloadId>, limit: usize) -> Reply {

@@ -14,6 +14,7 @@
 
 mod entry;
 mod journaled;
+mod pulls;
 mod tickets;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -279,7 +280,7 @@ impl Registry {
             entry.stopping.get_or_insert_with(Stopwatch::start);
             entry.cancel.store(true, Ordering::SeqCst);
             entry.status.phase = Some(Phase::Stopping);
-            if matches!(entry.work, Work::Queued(_)) {
+            if matches!(entry.work, Work::Pulling | Work::Queued(_)) {
                 // What it waits for is not what it needs any more; a stale place in a queue is passed over.
                 entry.work = Work::Idle;
             }
@@ -423,9 +424,10 @@ impl Registry {
             }
             let waits_to_start = entry.state == State::Pending && entry.work != Work::Doing && entry.recovery.is_none();
             if waits_to_start && entry.start_deadline.left().is_err() && entry.wanted == Wanted::Run {
+                let (reason, message) = entry.too_late();
                 entry.hold();
                 entry.work = Work::Idle;
-                entry.fail_start(Reason::StartDeadlineExceeded, "start deadline passed while it waited for its start".into());
+                entry.fail_start(reason, message);
                 self.publish(&mut inner, &id, EventKind::Modified);
                 continue;
             }

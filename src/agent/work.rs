@@ -8,22 +8,28 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use super::Agent;
+use super::images;
 use super::node;
 use super::registry::{CheckUp, Chore, EndStep, EndTicket, StartTicket};
-use crate::cri::proto::AuthConfig;
+use crate::cri::images::Image;
 use crate::cri::runtime::{self, Observed, Order, Seen, StartError, Started};
 use crate::deadline::Deadline;
 use crate::grpc::{Code, ErrorKind};
 use crate::limits;
 use crate::net::{Address, Stream};
 use crate::report::{Chain, clip};
-use crate::wire::{docker, workload as wire_workload};
+use crate::wire::workload as wire_workload;
 use crate::workload::{Check, Mount, Reason, Workload, WorkloadId};
 
 /// Starts a workload.
 pub fn start(agent: &Agent, id: &WorkloadId) {
     let Some(ticket) = agent.registry.begin_start(id) else { return };
-    let result = start_ticket(agent, &ticket);
+    let result = match prepare(agent, &ticket).and_then(|()| images::find(agent, &ticket)) {
+        Ok(Some(held)) => start_ticket(agent, &ticket, &held.image, held.pull_ms),
+        // The image is pulled by others; when it is there, the start comes back.
+        Ok(None) => return images::wait_for(agent, ticket),
+        Err(error) => Err(error),
+    };
     match &result {
         Ok((started, _)) => log::info!("workload {id}: running in sandbox {} of {:?}", started.sandbox_id, started.handler),
         Err(error) => log::warn!("workload {id}: start failed: {error}"),
@@ -31,16 +37,21 @@ pub fn start(agent: &Agent, id: &WorkloadId) {
     ticket.finish(result);
 }
 
-fn start_ticket(agent: &Agent, ticket: &StartTicket<'_>) -> Result<(Started, bool), StartError> {
+/// What must hold before an image is worth pulling.
+fn prepare(agent: &Agent, ticket: &StartTicket<'_>) -> Result<(), StartError> {
     let refused = |reason, message: String| StartError { reason, message, retriable: false };
     let StartTicket { workload, class, .. } = ticket;
-    let endpoint = agent.endpoint(ticket.endpoint);
     if agent.node.has_handler(ticket.endpoint, &class.handler) == Some(false) {
         return Err(refused(Reason::HandlerUnavailable, format!("the runtime does not list the handler {:?}", class.handler)));
     }
+    make_log_dir(agent, &agent.log_dir(&workload.id, &ticket.uid))
+        .map_err(|e| refused(Reason::CreateFailed, format!("cannot make the log directory: {e}")))?;
+    Ok(())
+}
+
+fn start_ticket(agent: &Agent, ticket: &StartTicket<'_>, image: &Image, pull_ms: u64) -> Result<(Started, bool), StartError> {
+    let StartTicket { workload, class, .. } = ticket;
     let log_dir = agent.log_dir(&workload.id, &ticket.uid);
-    make_log_dir(agent, &log_dir).map_err(|e| refused(Reason::CreateFailed, format!("cannot make the log directory: {e}")))?;
-    let auth = registry_auth(agent, workload).map_err(|message| refused(Reason::ImagePullFailed, message))?;
     let order = Order {
         annotation: annotation(workload),
         workload,
@@ -51,9 +62,10 @@ fn start_ticket(agent: &Agent, ticket: &StartTicket<'_>) -> Result<(Started, boo
         log_dir: &log_dir,
         mounts: &|| resolve_mounts(agent, workload),
         pids_max: pids_max(workload, class.own_kernel, node::has_cgroup_v2()),
-        auth,
+        image,
+        pull_ms,
     };
-    runtime::start(&endpoint.client, &order, ticket.deadline, ticket).map(|started| (started, class.own_kernel))
+    runtime::start(&agent.endpoint(ticket.endpoint).client, &order, ticket.deadline, ticket).map(|started| (started, class.own_kernel))
 }
 
 /// Processes at a time. On a shared kernel their number is the host's, so there is a limit even where none was asked for.
@@ -89,22 +101,6 @@ fn resolve_mounts(agent: &Agent, workload: &Workload) -> Result<Vec<Mount>, Stri
 /// Whether a path lies under one of the roots.
 pub fn is_allowed(roots: &[PathBuf], path: &Path) -> bool {
     roots.iter().any(|root| path.starts_with(root))
-}
-
-fn registry_auth(agent: &Agent, workload: &Workload) -> Result<Option<AuthConfig>, String> {
-    let Some(path) = &agent.registry_credentials else { return Ok(None) };
-    let text = fs::read_to_string(path).map_err(|e| format!("registry credentials {}: {e}", path.display()))?;
-    let registry = workload.spec.image.registry();
-    let found = docker::credentials(&text, registry).map_err(|e| format!("registry credentials {}: {e}", path.display()))?;
-    Ok(found.map(|c| AuthConfig {
-        auth: c.auth,
-        username: c.username,
-        password: c.password,
-        identity_token: c.identity_token,
-        // containerd compares the host of a URL.
-        server_address: format!("https://{registry}"),
-        registry_token: String::new(),
-    }))
 }
 
 /// Brings a workload one step nearer to its end: stop, then retire or remove.

@@ -283,3 +283,27 @@ fn no_cut_of_a_file_is_misread() {
         }
     }
 }
+
+#[test]
+fn images_have_marks_and_credentials_have_names() {
+    let config = run(agent_file("node_id = \"a\"\nstate_dir = \"s\"", &[]));
+    let gc = ImageGc { high_percent: 85, low_percent: 80, min_age_ms: 120_000, capacity_bytes: None };
+    assert_eq!((config.pulls_max, config.image_gc, config.credentials.len()), (4, gc, 0));
+    let text = "node_id = \"a\"\nstate_dir = \"s\"\npulls_max = 2\nimage_gc_high_percent = 60\nimage_gc_low_percent = 60\n\
+                image_gc_min_age_s = 0\nimage_gc_capacity_mb = 5\n[credentials.team]\nfile = \"team.json\"\n";
+    let config = run(agent_file(text, &["--pulls-max", "3"]));
+    let gc = ImageGc { high_percent: 60, low_percent: 60, min_age_ms: 0, capacity_bytes: Some(5 << 20) };
+    assert_eq!((config.pulls_max, config.image_gc), (3, gc));
+    let team = config.credentials.get(&Name::new("team").expect("valid")).expect("a set");
+    assert!(team.is_absolute() && team.ends_with("team.json"), "relative to the file: {}", team.display());
+    let check = |line: &str, rule: &str| {
+        let found = problems(agent_file(&format!("node_id = \"a\"\nstate_dir = \"s\"\n{line}\n"), &[]));
+        assert_eq!(found, [rule], "{line}");
+    };
+    check("pulls_max = 0", "3: must be a number from 1 to 256");
+    check("image_gc_high_percent = 101", "3: must be a number from 0 to 100");
+    check("image_gc_low_percent = 90", "3: image_gc_low_percent is 90, above image_gc_high_percent, 85");
+    check("image_gc_capacity_mb = 0", "3: must be a number from 1 to 67108864");
+    check("[credentials.team]", "3: file is missing: a set of credentials is a docker config.json");
+    check("[credentials.team]\nfil = \"x\"", "4: unknown field `fil`, expected `file`");
+}

@@ -159,6 +159,7 @@ fn is_idempotent(request: &Request) -> bool {
     match request {
         Request::Exec { .. } => false,
         Request::Auth { .. }
+        | Request::CollectImages { .. }
         | Request::DeleteWorkload { .. }
         | Request::GetLogs(_)
         | Request::GetNode

@@ -7,16 +7,17 @@ use prost::Message;
 use super::proto::{
     AuthConfig, ContainerConfig, ContainerEventResponse, ContainerFilter, ContainerStats, ContainerStatsRequest, ContainerStatsResponse,
     ContainerStatus, ContainerStatusRequest, ContainerStatusResponse, CreateContainerRequest, CreateContainerResponse, ExecSyncRequest,
-    ExecSyncResponse, GetEventsRequest, Image, ImageSpec, ImageStatusRequest, ImageStatusResponse, ListContainersRequest,
-    ListContainersResponse, ListImagesRequest, ListImagesResponse, ListPodSandboxRequest, ListPodSandboxResponse, PodSandbox,
-    PodSandboxConfig, PodSandboxFilter, PodSandboxStatus, PodSandboxStatusRequest, PodSandboxStatusResponse, PullImageRequest,
-    PullImageResponse, RemoveContainerRequest, RemoveContainerResponse, RemoveImageRequest, RemoveImageResponse, RemovePodSandboxRequest,
-    RemovePodSandboxResponse, ReopenContainerLogRequest, ReopenContainerLogResponse, RunPodSandboxRequest, RunPodSandboxResponse,
-    StartContainerRequest, StartContainerResponse, StatusRequest, StatusResponse, StopContainerRequest, StopContainerResponse,
-    StopPodSandboxRequest, StopPodSandboxResponse, VersionRequest, VersionResponse,
+    ExecSyncResponse, FilesystemUsage, GetEventsRequest, Image, ImageFsInfoRequest, ImageFsInfoResponse, ImageSpec, ImageStatusRequest,
+    ImageStatusResponse, ListContainersRequest, ListContainersResponse, ListImagesRequest, ListImagesResponse, ListPodSandboxRequest,
+    ListPodSandboxResponse, PodSandbox, PodSandboxConfig, PodSandboxFilter, PodSandboxStatus, PodSandboxStatusRequest,
+    PodSandboxStatusResponse, PullImageRequest, PullImageResponse, RemoveContainerRequest, RemoveContainerResponse, RemoveImageRequest,
+    RemoveImageResponse, RemovePodSandboxRequest, RemovePodSandboxResponse, ReopenContainerLogRequest, ReopenContainerLogResponse,
+    RunPodSandboxRequest, RunPodSandboxResponse, StartContainerRequest, StartContainerResponse, StatusRequest, StatusResponse,
+    StopContainerRequest, StopContainerResponse, StopPodSandboxRequest, StopPodSandboxResponse, VersionRequest, VersionResponse,
 };
 use crate::deadline::Deadline;
 use crate::grpc::{Channel, Error, ErrorKind, Messages, Method};
+use crate::limits;
 use crate::net::Stream;
 
 /// A CRI endpoint. Cheap to share; calls at the same time use several connections.
@@ -55,6 +56,7 @@ methods! {
     IMAGE_STATUS = "ImageService" "ImageStatus" true;
     PULL_IMAGE = "ImageService" "PullImage" true;
     REMOVE_IMAGE = "ImageService" "RemoveImage" true;
+    IMAGE_FS_INFO = "ImageService" "ImageFsInfo" true;
 }
 
 /// The answer, or the error every call here can end with.
@@ -213,6 +215,43 @@ impl Client {
         Ok(answer.image_ref)
     }
 
+    /// The same as long as somebody wants it, which is asked again and again; `None` when nobody did, and the runtime was told to stop.
+    pub fn pull_image_while(
+        &self,
+        image: &ImageSpec,
+        auth: Option<AuthConfig>,
+        sandbox_config: &PodSandboxConfig,
+        deadline: Deadline,
+        is_wanted: &dyn Fn() -> bool,
+    ) -> Answer<Option<String>> {
+        let request = PullImageRequest { image: Some(image.clone()), auth, sandbox_config: Some(sandbox_config.clone()) };
+        // As a stream of one message, whose reader may stop: that closes its connection, and the runtime gives up the pull.
+        let mut answers = self.channel.stream(PULL_IMAGE, &request.encode_to_vec(), deadline)?;
+        let mut answer: Option<Vec<u8>> = None;
+        loop {
+            match answers.next(deadline.at_most_ms(limits::PULL_LOOK_MS, PULL_IMAGE.name())) {
+                Ok(Some(_)) if answer.is_some() => return Err(protocol(PULL_IMAGE, "two messages answer a unary call")),
+                Ok(Some(message)) => answer = Some(message),
+                Ok(None) => break,
+                Err(error) if matches!(error.kind, ErrorKind::Expired(_)) && deadline.left().is_ok() => {
+                    if !is_wanted() {
+                        return Ok(None);
+                    }
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        let bytes = answer.ok_or(protocol(PULL_IMAGE, "status OK without a message"))?;
+        let answer = PullImageResponse::decode(bytes.as_slice()).map_err(|_| not_the_message(PULL_IMAGE.name()))?;
+        Ok(Some(answer.image_ref))
+    }
+
+    /// What images take, by the file system they are on.
+    pub fn image_fs_info(&self, deadline: Deadline) -> Answer<Vec<FilesystemUsage>> {
+        let answer: ImageFsInfoResponse = self.call(IMAGE_FS_INFO, &ImageFsInfoRequest {}, deadline)?;
+        Ok(answer.image_filesystems)
+    }
+
     /// Removes an image; done already is fine.
     pub fn remove_image(&self, image: &ImageSpec, deadline: Deadline) -> Answer<()> {
         let request = RemoveImageRequest { image: Some(image.clone()) };
@@ -249,6 +288,10 @@ impl Events {
 
 fn present<T>(method: Method, part: Option<T>) -> Answer<T> {
     part.ok_or(Error { method: method.name(), kind: ErrorKind::Protocol("the answer lacks its status") })
+}
+
+fn protocol(method: Method, rule: &'static str) -> Error {
+    Error { method: method.name(), kind: ErrorKind::Protocol(rule) }
 }
 
 fn not_the_message(method: &'static str) -> Error {

@@ -1,6 +1,6 @@
 //! A workload becomes a sandbox and a container, and an observation becomes what we know of it.
 //!
-//! A start is image, sandbox, handler check, container, start. Each step that made something names its undo; on failure they
+//! A start is sandbox, handler check, container, start; the image is there by then ([`super::images`]). Each step that made something names its undo; on failure they
 //! are undone in reverse, under a deadline of their own. What cannot be undone then carries our labels and is swept later.
 //!
 //! Invariant: the user's code runs only in a sandbox whose handler the runtime itself reported to be the one asked for.
@@ -11,12 +11,13 @@ use std::fmt;
 use std::path::Path;
 
 use super::client::Client;
+use super::images::Image;
 use super::proto;
 use crate::deadline::{Deadline, Stopwatch, Timestamp};
 use crate::grpc::{self, Code, ErrorKind};
 use crate::limits;
 use crate::report::clip;
-use crate::workload::{Name, Phase, Protocol, PullPolicy, Reason, Workload};
+use crate::workload::{Name, Phase, Protocol, Reason, Workload};
 
 /// The label that marks what is ours: the name of the node whose agent made it.
 pub const LABEL_NODE: &str = "kakuri.dev/node";
@@ -31,7 +32,7 @@ pub const LABEL_OWN_KERNEL: &str = "kakuri.dev/own-kernel";
 /// The workload as JSON, without the values of its environment; only on the sandbox.
 pub const ANNOTATION_WORKLOAD: &str = "kakuri.dev/workload-spec";
 /// CRI wants a namespace for each sandbox; all of ours share this one.
-const NAMESPACE: &str = "kakuri";
+pub(super) const NAMESPACE: &str = "kakuri";
 /// The name of the one container in each sandbox.
 const CONTAINER: &str = "main";
 /// The handler of Edera zones, and the annotations it sizes them by.
@@ -76,8 +77,10 @@ pub struct Order<'a> {
     pub log_dir: &'a Path,
     /// The workload for [`ANNOTATION_WORKLOAD`].
     pub annotation: String,
-    /// Credentials for the image's registry.
-    pub auth: Option<proto::AuthConfig>,
+    /// The image, which is there.
+    pub image: &'a Image,
+    /// How long it took until it was, milliseconds.
+    pub pull_ms: u64,
 }
 
 /// Watches a start, and may end it.
@@ -106,7 +109,7 @@ pub struct Started {
     pub handler: String,
     /// The sandbox's address; none where the runtime gives none.
     pub ip: Option<String>,
-    /// The image, as the runtime resolved it.
+    /// The digest of the image's manifest in its repository; none where the runtime knows none.
     pub image_digest: Option<String>,
     /// What the runtime then said of the container: a short one may be over already.
     pub observed: Observed,
@@ -115,7 +118,7 @@ pub struct Started {
 }
 
 /// A start that did not; everything it made is undone, or marked for the sweep.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct StartError {
     /// The kind of failure.
     pub reason: Reason,
@@ -167,9 +170,6 @@ fn run_steps(
         watch = Stopwatch::start();
         ms
     };
-    let image = ensure_image(client, order, &sandbox_config, deadline, progress)?;
-    let pull_ms = step_ms();
-
     enter(progress, Phase::CreatingSandbox, deadline)?;
     let sandbox_id = create_sandbox(client, order, &sandbox_config, deadline)?;
     progress.sandbox(&sandbox_id);
@@ -180,7 +180,7 @@ fn run_steps(
 
     enter(progress, Phase::Creating, deadline)?;
     let mounts = (order.mounts)().map_err(|message| StartError { reason: Reason::CreateFailed, message, retriable: false })?;
-    let container = container_config(order, &image, &mounts);
+    let container = container_config(order, &mounts);
     let created = client.create_container(&sandbox_id, container, &sandbox_config, deadline);
     let container_id = created.map_err(|e| failure(&e, Reason::CreateFailed, deadline))?;
     made.container_id = Some(container_id.clone());
@@ -198,9 +198,9 @@ fn run_steps(
         container_id,
         handler: sandbox.runtime_handler,
         ip: sandbox.network.map(|n| n.ip).filter(|ip| !ip.is_empty()),
-        image_digest: Some(status.image_ref.clone()).filter(|r| !r.is_empty()),
+        image_digest: order.image.digest.clone(),
         observed: observed(status),
-        steps_ms: [pull_ms, sandbox_ms, create_ms, start_ms],
+        steps_ms: [order.pull_ms, sandbox_ms, create_ms, start_ms],
     })
 }
 
@@ -213,58 +213,13 @@ fn enter(progress: &dyn Progress, phase: Phase, deadline: Deadline) -> Result<()
     Ok(())
 }
 
-fn cancelled() -> StartError {
+/// Of a start that nobody wants any more.
+pub fn cancelled() -> StartError {
     StartError { reason: Reason::Stopped, message: "stopped before it ran".into(), retriable: false }
 }
 
 fn deadline_passed(phase: &str) -> StartError {
     StartError { reason: Reason::StartDeadlineExceeded, message: format!("start deadline passed in {phase}"), retriable: false }
-}
-
-/// The image is there, or is pulled. Returns what to create the container from.
-fn ensure_image(
-    client: &Client,
-    order: &Order<'_>,
-    sandbox_config: &proto::PodSandboxConfig,
-    deadline: Deadline,
-    progress: &dyn Progress,
-) -> Result<proto::ImageSpec, StartError> {
-    let spec = &order.workload.spec;
-    let image = proto::ImageSpec {
-        image: spec.image.as_str().to_owned(),
-        annotations: BTreeMap::new(),
-        runtime_handler: order.class.handler.clone(),
-    };
-    let present = match spec.pull_policy {
-        PullPolicy::Always => false,
-        PullPolicy::IfNotPresent | PullPolicy::Never => {
-            client.image_status(&image, deadline).map_err(|e| failure(&e, Reason::ImagePullFailed, deadline))?.is_some()
-        }
-    };
-    if present {
-        return Ok(image);
-    }
-    if spec.pull_policy == PullPolicy::Never {
-        let message = format!("{} is not on the node, and image_pull.policy is never", spec.image.as_str());
-        return Err(StartError { reason: Reason::ImageNotFound, message, retriable: false });
-    }
-    enter(progress, Phase::Pulling, deadline)?;
-    client.pull_image(&image, order.auth.clone(), sandbox_config, deadline).map_err(|e| failure(&e, pull_reason(&e), deadline))?;
-    Ok(image)
-}
-
-/// CRI has no error codes for these; containerd and CRI-O put the registry's answer into the message, and NotFound into the code
-/// where they remember to. A message that says neither is a failed pull.
-fn pull_reason(error: &grpc::Error) -> Reason {
-    let Some(status) = error.status() else { return Reason::ImagePullFailed };
-    let says = |words: &[&str]| words.iter().any(|w| status.message.to_ascii_lowercase().contains(w));
-    if says(&["401 unauthorized", "403 forbidden", "authorization failed", "access denied", "unauthorized:", "no basic auth credentials"]) {
-        Reason::ImageUnauthorized
-    } else if status.code == Code::NotFound || says(&[": not found", "manifest unknown", "name unknown", "404 not found"]) {
-        Reason::ImageNotFound
-    } else {
-        Reason::ImagePullFailed
-    }
 }
 
 /// Makes the sandbox. When the answer is lost, it is looked for by name and attempt, and adopted where it is ready.
@@ -341,7 +296,7 @@ fn start_container(client: &Client, id: &str, deadline: Deadline) -> Result<prot
 const START_ERROR: &str = "StartError";
 
 /// The failure of a step, from the error of its call.
-fn failure(error: &grpc::Error, reason: Reason, deadline: Deadline) -> StartError {
+pub fn failure(error: &grpc::Error, reason: Reason, deadline: Deadline) -> StartError {
     let message = clip(crate::report::Chain(error).to_string(), limits::MESSAGE_BYTES_MAX);
     // The runtime has our deadline too, and may say so a moment before we do.
     let is_near = deadline.left().is_ok_and(|left| left.as_millis() < 1000);
@@ -456,7 +411,7 @@ fn port_mapping(port: &crate::workload::Port) -> proto::PortMapping {
     }
 }
 
-fn container_config(order: &Order<'_>, image: &proto::ImageSpec, mounts: &[crate::workload::Mount]) -> proto::ContainerConfig {
+fn container_config(order: &Order<'_>, mounts: &[crate::workload::Mount]) -> proto::ContainerConfig {
     let spec = &order.workload.spec;
     let id = |n: u32| proto::Int64Value { value: n.into() };
     // On a shared kernel a capability is a piece of the host, so none is given that was not asked for.
@@ -464,7 +419,7 @@ fn container_config(order: &Order<'_>, image: &proto::ImageSpec, mounts: &[crate
     let add = spec.capabilities_add.iter().filter(|c| !spec.capabilities_drop.contains(c)).cloned().collect();
     proto::ContainerConfig {
         metadata: Some(proto::ContainerMetadata { name: CONTAINER.to_owned(), attempt: order.attempt }),
-        image: Some(image.clone()),
+        image: Some(order.image.of_container(spec.image.as_str(), &order.class.handler)),
         command: spec.command.clone(),
         args: spec.args.clone(),
         working_dir: spec.working_dir.clone().unwrap_or_default(),
@@ -685,8 +640,8 @@ pub struct Found {
     pub observed: Observed,
     /// The sandbox's address.
     pub ip: Option<String>,
-    /// The image, as the runtime resolved it.
-    pub image_digest: Option<String>,
+    /// The image, as the runtime refers to it.
+    pub image_ref: String,
 }
 
 /// Asks for what a list does not say.
@@ -696,7 +651,7 @@ pub struct Found {
 pub fn find_out(client: &Client, seen: &Seen) -> Result<Found, grpc::Error> {
     let deadline = Deadline::within_ms(limits::CRI_QUICK_MS_MAX, "adopt");
     let answered = |error: grpc::Error| if error.status().is_some() && !error.is_in_doubt() { Ok(()) } else { Err(error) };
-    let mut found = Found { observed: Observed::Unknown, ip: None, image_digest: None };
+    let mut found = Found { observed: Observed::Unknown, ip: None, image_ref: String::new() };
     match client.pod_sandbox_status(&seen.sandbox_id, deadline) {
         Ok(status) => found.ip = status.network.map(|n| n.ip).filter(|ip| !ip.is_empty()),
         Err(error) => answered(error)?,
@@ -704,7 +659,7 @@ pub fn find_out(client: &Client, seen: &Seen) -> Result<Found, grpc::Error> {
     let container_id = seen.container.as_ref().map(|c| c.id.as_str()).unwrap_or_default();
     match client.container_status(container_id, deadline) {
         Ok(status) => {
-            found.image_digest = Some(status.image_ref.clone()).filter(|r| !r.is_empty());
+            found.image_ref.clone_from(&status.image_ref);
             found.observed = observed(status);
         }
         Err(error) => answered(error)?,

@@ -7,6 +7,7 @@
 //! lie=HANDLER            sandboxes are reported under this handler
 //! kernel=HANDLER:VALUE   what `uname -r` says under a handler
 //! unready=CONDITION      Status reports RuntimeReady or NetworkReady as false
+//! image-used=BYTES       what images take, says ImageFsInfo
 //! unknown=HANDLER        containers under a handler are reported in state UNKNOWN
 //! ```
 //! A file has one a line, `#` for comments. A changed file replaces what the file said before, and its counts start anew; a file
@@ -74,7 +75,7 @@ impl Fault {
     }
 }
 
-const SETTINGS: [&str; 4] = ["kernel", "lie", "unknown", "unready"];
+const SETTINGS: [&str; 5] = ["image-used", "kernel", "lie", "unknown", "unready"];
 
 fn rule(spec: &str) -> Result<Spec, &'static str> {
     let (method, rest) = spec.split_once(':').ok_or("a fault must be METHOD:ACTION[=ARG][*COUNT][@AFTER]")?;

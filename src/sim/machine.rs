@@ -6,7 +6,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -67,6 +67,8 @@ pub(super) struct Machine {
     clock: Clock,
     calls: Option<Mutex<File>>,
     is_stopping: AtomicBool,
+    /// Pulls under way.
+    pub(super) pulls: AtomicU64,
 }
 
 /// Nanoseconds since 1970 that never go back while the process lives.
@@ -104,6 +106,7 @@ impl Machine {
             clock: Clock::start(),
             calls: calls.map(Mutex::new),
             is_stopping: AtomicBool::new(false),
+            pulls: AtomicU64::new(0),
             options,
         };
         let world = machine.lock();

@@ -1,5 +1,7 @@
 //! The methods of CRI: a message in, a message out, and the faults before and after.
 
+use std::sync::atomic::Ordering;
+
 use bytes::Bytes;
 use prost::Message;
 
@@ -20,7 +22,7 @@ const SERVICES: [(&str, &str); 2] = [
         "Version Status RunPodSandbox StopPodSandbox RemovePodSandbox PodSandboxStatus ListPodSandbox CreateContainer StartContainer \
          StopContainer RemoveContainer ListContainers ContainerStatus ReopenContainerLog ExecSync ContainerStats GetContainerEvents",
     ),
-    ("ImageService", "ListImages ImageStatus PullImage RemoveImage"),
+    ("ImageService", "ListImages ImageStatus PullImage RemoveImage ImageFsInfo"),
 ];
 
 /// The method called `name`, of any service.
@@ -238,15 +240,26 @@ impl Machine {
             "ContainerStats" => unary(body, |r: p::ContainerStatsRequest| self.stats(&r.container_id)),
             "ListImages" => unary(body, |r: p::ListImagesRequest| {
                 let wanted = image_of(r.filter.and_then(|f| f.image));
-                let every = |world: &World| world.saved.images.values().cloned().collect();
-                let one = |world: &World| world.image(&wanted).cloned().into_iter().collect();
-                Ok(p::ListImagesResponse { images: self.read(|world, _| if wanted.is_empty() { every(world) } else { one(world) }) })
+                let one = |world: &World| world.image(&wanted).into_iter().collect();
+                Ok(p::ListImagesResponse { images: self.read(|world, _| if wanted.is_empty() { world.images() } else { one(world) }) })
             }),
             "ImageStatus" => unary(body, |r: p::ImageStatusRequest| {
-                let image = self.read(|world, _| world.image(&image_of(r.image)).cloned());
+                let image = self.read(|world, _| world.image(&image_of(r.image)));
                 Ok(p::ImageStatusResponse { image, ..Default::default() })
             }),
-            "PullImage" => unary(body, |r: p::PullImageRequest| self.pull(call, &image_of(r.image), r.auth.as_ref())),
+            "PullImage" => unary(body, |r: p::PullImageRequest| {
+                record.key("pulls", &(self.pulls.fetch_add(1, Ordering::SeqCst) + 1).to_string());
+                let answer = self.pull(call, &image_of(r.image), r.auth.as_ref());
+                self.pulls.fetch_sub(1, Ordering::SeqCst);
+                answer
+            }),
+            "ImageFsInfo" => unary(body, |_: p::ImageFsInfoRequest| {
+                let of_images = || self.read(|world, _| world.images().iter().map(|image| image.size).sum());
+                let value = plan.settings("image-used").find_map(|used| used.parse().ok()).unwrap_or_else(of_images);
+                let fs_id = Some(p::FilesystemIdentifier { mountpoint: "/".into() });
+                let usage = p::FilesystemUsage { timestamp: 0, fs_id, used_bytes: Some(p::UInt64Value { value }) };
+                Ok(p::ImageFsInfoResponse { image_filesystems: vec![usage] })
+            }),
             "RemoveImage" => unary(body, |r: p::RemoveImageRequest| {
                 self.change(|world, _| world.remove_image(&image_of(r.image)));
                 Ok(p::RemoveImageResponse {})

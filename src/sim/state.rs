@@ -59,6 +59,8 @@ pub(super) struct Container {
     /// When the next print or the end comes; none is never.
     #[prost(int64, optional, tag = "5")]
     pub(super) due_at: Option<i64>,
+    #[prost(string, tag = "6")]
+    image_id: String,
 }
 
 impl Container {
@@ -71,7 +73,9 @@ impl Container {
     }
 
     pub(super) fn image(&self) -> &str {
-        self.status.image.as_ref().map_or("", |image| &image.image)
+        // What the user wrote, where a client resolved that to an id.
+        let words = self.status.image.as_ref().map(|image| [&image.user_specified_image, &image.image]);
+        words.and_then(|words| words.into_iter().find(|name| !name.is_empty())).map_or("", String::as_str)
     }
 
     fn end(&mut self, code: i32, reason: &str, now: i64) {
@@ -92,6 +96,8 @@ pub(super) struct World {
 }
 
 const EXIT_KILLED: i32 = 137;
+/// Of an image whose name says nothing of its size.
+const SIZE: u64 = 2_000_000;
 const EXIT_TERMINATED: i32 = 143;
 const EXIT_NOT_STARTED: i32 = 128;
 
@@ -199,7 +205,7 @@ impl World {
         }
         let image = config.image.as_ref().map_or("", |image| image.image.as_str());
         let Some(found) = self.image(image) else { return Err(not_found(format!("failed to resolve image {image:?}: not found"))) };
-        let image_ref = found.repo_digests.first().cloned().unwrap_or_default();
+        let (image_ref, image_id) = (found.repo_digests.first().cloned().unwrap_or_default(), found.id);
         let has_log = !sandbox.log_directory.is_empty() && !config.log_path.is_empty();
         let log_path = if has_log { format!("{}/{}", sandbox.log_directory, config.log_path) } else { String::new() };
         let id = self.new_id(now);
@@ -215,7 +221,7 @@ impl World {
             ..Default::default()
         };
         let words = [config.command, config.args].concat();
-        let container = Container { status, sandbox_id: sandbox_id.clone(), words, ..Container::default() };
+        let container = Container { status, sandbox_id: sandbox_id.clone(), words, image_id, ..Container::default() };
         self.saved.containers.insert(id.clone(), container);
         self.emit(Event::ContainerCreatedEvent, &id, &sandbox_id, now);
         Ok(id)
@@ -332,22 +338,39 @@ impl World {
         self.saved.serial += 1;
         let reference = completed(reference);
         let (name, digest) = reference.split_once('@').unwrap_or((&reference, ""));
-        let id = if digest.is_empty() { format!("sha256:{}", hex64(&reference)) } else { digest.to_owned() };
+        let content = name.split(['/', ':']).find(|part| part.starts_with("same-")).unwrap_or(&reference);
+        let id = if digest.is_empty() { format!("sha256:{}", hex64(&content)) } else { digest.to_owned() };
         let repository = name.rsplit_once(':').filter(|(_, tag)| !tag.contains('/')).map_or(name, |(repository, _)| repository);
         let repo_digests = vec![format!("{repository}@{id}")];
         let repo_tags = if digest.is_empty() { vec![name.to_owned()] } else { Vec::new() };
-        let image = proto::Image { id: id.clone(), repo_tags, repo_digests, size: 2_000_000, ..proto::Image::default() };
+        let size = name.split_once("mb-").and_then(|(_, rest)| rest.split(|c: char| !c.is_ascii_digit()).next()?.parse::<u64>().ok());
+        let size = size.map_or(SIZE, |mb| mb << 20);
+        let image = proto::Image { id: id.clone(), repo_tags, repo_digests, size, ..proto::Image::default() };
         self.saved.images.insert(reference, image);
         id
     }
 
-    /// An image by reference, digest or id.
-    pub(super) fn image(&self, reference: &str) -> Option<&proto::Image> {
+    /// An image by reference, digest or id, with all its names.
+    pub(super) fn image(&self, reference: &str) -> Option<proto::Image> {
         let by_name = self.saved.images.get(&completed(reference));
-        by_name.or_else(|| self.saved.images.values().find(|i| i.id == reference || i.repo_digests.iter().any(|d| d == reference)))
+        let is_it = |i: &&proto::Image| i.id == reference || i.repo_digests.iter().any(|d| d == reference);
+        let found = by_name.or_else(|| self.saved.images.values().find(is_it))?;
+        self.images().into_iter().find(|image| image.id == found.id)
     }
 
-    /// Removes an image and its other names. One that is not there is as good as removed.
+    /// Every image once, with all its names.
+    pub(super) fn images(&self) -> Vec<proto::Image> {
+        let mut by_id: BTreeMap<&str, proto::Image> = BTreeMap::new();
+        for image in self.saved.images.values() {
+            let all =
+                by_id.entry(&image.id).or_insert_with(|| proto::Image { id: image.id.clone(), size: image.size, ..Default::default() });
+            all.repo_tags.extend(image.repo_tags.iter().cloned());
+            all.repo_digests.extend(image.repo_digests.iter().cloned());
+        }
+        by_id.into_values().collect()
+    }
+
+    /// Removes an image with all its names, used or not, as containerd does. One that is not there is as good as removed.
     pub(super) fn remove_image(&mut self, reference: &str) {
         if let Some(id) = self.image(reference).map(|image| image.id.clone()) {
             self.saved.images.retain(|_, image| image.id != id);
@@ -414,6 +437,7 @@ impl World {
                 created_at: s.created_at,
                 labels: s.labels,
                 annotations: s.annotations,
+                image_id: c.image_id.clone(),
             })
         };
         all.filter_map(item).collect()

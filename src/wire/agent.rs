@@ -13,6 +13,8 @@
 //! - `GetLogs` refuses with its first line, or ends with `LogEnd`; with `follow` there may be `Heartbeat`s between. A `Log` with
 //!   `"gap":true` says that output before it was removed and could not be read (it may be the end of a line that was cut by that); a
 //!   `LogEnd`, after the last line.
+//! - `CollectImages` answers `Images` when it is done, with what it removed, or with `dry_run` what it would have; `Unavailable` while
+//!   the agent itself is at it.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -31,6 +33,11 @@ pub enum Request {
     Auth {
         /// The secret.
         token: String,
+    },
+    /// Removes images nobody uses, as far as the marks of the node's configuration call for it.
+    CollectImages {
+        /// Only tell what would be done.
+        dry_run: bool,
     },
     /// Stops, removes and forgets a workload.
     DeleteWorkload {
@@ -196,6 +203,7 @@ impl Request {
     pub fn to_line(&self) -> Vec<u8> {
         let value = match self {
             Self::Auth { token } => json!({"type": "Auth", "token": token}),
+            Self::CollectImages { dry_run } => json!({"type": "CollectImages", "dry_run": dry_run}),
             Self::DeleteWorkload { id, wait_ms } => json!({"type": "DeleteWorkload", "id": id.as_str(), "wait_ms": wait_ms}),
             Self::Exec { id, command, timeout_ms } => {
                 json!({"type": "Exec", "id": id.as_str(), "command": command, "timeout_ms": timeout_ms})
@@ -224,11 +232,12 @@ impl Request {
     }
 }
 
-/// The types of requests, for the error that lists them.
 /// The largest whole number that every reader of JSON keeps exactly (RFC 8259, section 6).
 const REVISION_MAX: u64 = (1 << 53) - 1;
 
-const TYPES: &str = "Auth, DeleteWorkload, Exec, GetLogs, GetNode, GetStatus, ListWorkloads, Ping, StartWorkload, StopWorkload, Watch";
+/// The types of requests, for the error that lists them.
+const TYPES: &str =
+    "Auth, CollectImages, DeleteWorkload, Exec, GetLogs, GetNode, GetStatus, ListWorkloads, Ping, StartWorkload, StopWorkload, Watch";
 
 fn read(fields: &mut Fields<'_>) -> (Option<Request>, Option<String>) {
     let kind = fields.text("type", limits::NAME_BYTES_MAX);
@@ -238,6 +247,10 @@ fn read(fields: &mut Fields<'_>) -> (Option<Request>, Option<String>) {
         "Auth" => {
             let token = fields.text("token", limits::WORD_BYTES_MAX);
             fields.required("token", token).map(|token| Request::Auth { token })
+        }
+        "CollectImages" => {
+            let dry_run = fields.flag("dry_run").unwrap_or(false);
+            Some(Request::CollectImages { dry_run })
         }
         "DeleteWorkload" => {
             let (id, wait_ms) = (id(fields, &mut named), wait_ms(fields));
@@ -328,6 +341,7 @@ pub enum Reply {
     Error(ErrorReply),
     Event(Event),
     ExecResult(ExecResult),
+    Images(super::images::Images),
     Heartbeat {
         time: Timestamp,
         revision: u64,
@@ -606,6 +620,7 @@ mod tests {
         round_trip(&Request::GetNode);
         round_trip(&Request::Watch { since: None });
         round_trip(&Request::Watch { since: Some(7) });
+        round_trip(&Request::CollectImages { dry_run: true });
         round_trip(&Request::Auth { token: "t".into() });
         round_trip(&Request::GetStatus { id: id(), wait: None });
         round_trip(&Request::GetStatus { id: id(), wait: Some((Until::Terminal, 5)) });

@@ -1,27 +1,35 @@
-//! Registry credentials as Docker keeps them: `config.json` with `auths`.
+//! Registry credentials as Docker keeps them: `config.json` with `auths`. Credential helpers are programs, and are not run.
 
 use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::Deserialize;
 
+use crate::workload::ImageRef;
+
 #[derive(Deserialize)]
 struct Config {
     #[serde(default)]
     auths: BTreeMap<String, Auth>,
+    /// Helpers by registry.
+    #[serde(default, rename = "credHelpers")]
+    cred_helpers: BTreeMap<String, String>,
+    /// The helper that keeps what `docker login` was told; `auths` then holds empty entries.
+    #[serde(default, rename = "credsStore")]
+    creds_store: Option<String>,
 }
 
-#[derive(Deserialize)]
+#[derive(Default, Deserialize)]
 struct Auth {
     /// Base64 of `user:password`.
     #[serde(default)]
-    auth: Option<String>,
+    auth: String,
     #[serde(default)]
-    username: Option<String>,
+    username: String,
     #[serde(default)]
-    password: Option<String>,
+    password: String,
     #[serde(default)]
-    identitytoken: Option<String>,
+    identitytoken: String,
 }
 
 /// What to show a registry. `Debug` shows nothing.
@@ -37,60 +45,139 @@ pub struct Credentials {
     pub identity_token: String,
 }
 
+impl Credentials {
+    /// A text without the secrets, should it quote them.
+    pub fn scrub(&self, mut text: String) -> String {
+        for secret in [&self.auth, &self.password, &self.identity_token] {
+            // Shorter ones would tear words apart that merely contain them.
+            if secret.len() >= SCRUBBED_BYTES_MIN {
+                text = text.replace(secret.as_str(), "***");
+            }
+        }
+        text
+    }
+}
+
+const SCRUBBED_BYTES_MIN: usize = 4;
+
 impl fmt::Debug for Credentials {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Credentials(..)")
     }
 }
 
-/// The credentials for a registry, if the file has any.
+/// The credentials for an image, if the file has any: of all entries that are its registry, or a beginning of its repository, the
+/// longest.
 ///
 /// # Errors
-/// When the text is not such a file; the error quotes nothing of it.
-pub fn credentials(text: &str, registry: &str) -> Result<Option<Credentials>, NotDockerConfig> {
-    let config: Config = serde_json::from_str(text).map_err(|e| NotDockerConfig { line: e.line() })?;
-    // Docker Hub goes by the address of its first API.
-    let is_hub = registry == "docker.io";
-    let names = |key: &str| {
-        let host = key.trim_start_matches("https://").trim_start_matches("http://").split('/').next().unwrap_or_default();
-        host == registry || (is_hub && host == "index.docker.io")
-    };
-    let found = config.auths.into_iter().find(|(key, _)| names(key)).map(|(_, auth)| Credentials {
-        auth: auth.auth.unwrap_or_default(),
-        username: auth.username.unwrap_or_default(),
-        password: auth.password.unwrap_or_default(),
-        identity_token: auth.identitytoken.unwrap_or_default(),
-    });
-    Ok(found)
-}
-
-/// A file that is not what `docker login` writes.
-#[derive(Debug, PartialEq, Eq)]
-pub struct NotDockerConfig {
-    /// Where reading stopped.
-    pub line: usize,
-}
-
-impl fmt::Display for NotDockerConfig {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "not a docker config.json (line {})", self.line)
+/// When the text is not such a file, or they are kept by a helper; the error quotes nothing of it.
+pub fn credentials(text: &str, image: &ImageRef) -> Result<Option<Credentials>, Error> {
+    let config: Config = serde_json::from_str(text).map_err(|e| Error::NotDockerConfig { line: e.line() })?;
+    let registry = image.registry();
+    if config.cred_helpers.keys().any(|key| scope(key).as_deref() == Some(registry)) {
+        return Err(Error::Helper);
+    }
+    let covers = |scope: &str| image.repository().strip_prefix(scope).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
+    let entries = config.auths.into_iter().filter_map(|(key, auth)| scope(&key).map(|scope| (scope, auth)));
+    let Some((_, auth)) = entries.filter(|(scope, _)| covers(scope)).max_by_key(|(scope, _)| scope.len()) else { return Ok(None) };
+    let Auth { auth, username, password, identitytoken } = auth;
+    let is_empty = [&auth, &username, &password, &identitytoken].iter().all(|part| part.is_empty());
+    match (is_empty, config.creds_store) {
+        (true, Some(_)) => Err(Error::Helper),
+        (true, None) => Ok(None),
+        (false, _) => Ok(Some(Credentials { auth, username, password, identity_token: identitytoken })),
     }
 }
 
-impl std::error::Error for NotDockerConfig {}
+/// What a key of `auths` covers: `HOST[:PORT][/PATH]`. The addresses of old, with a scheme and an API version, mean the registry.
+fn scope(key: &str) -> Option<String> {
+    let key = key.trim_start_matches("https://").trim_start_matches("http://").trim_end_matches('/');
+    let (host, path) = key.split_once('/').unwrap_or((key, ""));
+    // Docker Hub goes by the address of its first API.
+    let host = if host == "index.docker.io" { "docker.io" } else { host };
+    match path {
+        _ if host.is_empty() => None,
+        "" | "v1" | "v2" => Some(host.to_owned()),
+        path => Some(format!("{host}/{path}")),
+    }
+}
+
+/// Why a file yields no credentials.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Error {
+    /// A credential helper has them.
+    Helper,
+    /// The file is not what `docker login` writes.
+    NotDockerConfig {
+        /// Where reading stopped.
+        line: usize,
+    },
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Helper => f.write_str(
+                "the credentials of this registry are kept by a credential helper (credsStore, credHelpers), and helpers are not run: \
+                 write them into auths",
+            ),
+            Self::NotDockerConfig { line } => write!(f, "not a docker config.json (line {line})"),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn find(text: &str, image: &str) -> Result<Option<Credentials>, Error> {
+        credentials(text, &ImageRef::new(image).expect("valid"))
+    }
+
     #[test]
     fn credentials_are_found_by_registry() {
         let text = r#"{"auths":{"127.0.0.1:5000":{"auth":"YTpi"},"https://index.docker.io/v1/":{"username":"u","password":"p"}},"credsStore":"x"}"#;
-        let check = |registry: &str| credentials(text, registry).expect("valid");
-        assert_eq!(check("127.0.0.1:5000").map(|c| c.auth), Some("YTpi".into()));
-        assert_eq!(check("docker.io").map(|c| c.password), Some("p".into()));
-        assert_eq!(check("ghcr.io"), None);
-        assert_eq!(credentials("{\"auths\":\"secret\"}", "x"), Err(NotDockerConfig { line: 1 }));
-        assert_eq!(format!("{:?}", check("docker.io")), "Some(Credentials(..))");
+        let check = |image: &str| find(text, image).expect("valid");
+        assert_eq!(check("127.0.0.1:5000/a:1").map(|c| c.auth), Some("YTpi".into()));
+        assert_eq!(check("busybox").map(|c| c.password), Some("p".into()));
+        assert_eq!(check("ghcr.io/a/b:1"), None);
+        assert_eq!(check("127.0.0.1:5001/a:1"), None);
+        assert_eq!(find("{\"auths\":\"secret\"}", "x"), Err(Error::NotDockerConfig { line: 1 }));
+        assert_eq!(format!("{:?}", check("busybox")), "Some(Credentials(..))");
+    }
+
+    #[test]
+    fn the_longest_path_counts_and_none_covers_its_neighbour() {
+        let text = r#"{"auths":{"r.test":{"auth":"all"},"r.test/team":{"auth":"team"},"r.test/team/app":{"auth":"app"}}}"#;
+        let of = |image: &str| find(text, image).expect("valid").map(|c| c.auth);
+        assert_eq!(of("r.test/other/app:1").as_deref(), Some("all"));
+        assert_eq!(of("r.test/team/web:1").as_deref(), Some("team"));
+        assert_eq!(of("r.test/team/app@sha256:0000000000000000000000000000000000000000000000000000000000000000").as_deref(), Some("app"));
+        assert_eq!(of("r.test/teammate/app:1").as_deref(), Some("all"));
+        let text = r#"{"auths":{"r.test/team":{"auth":"team"}}}"#;
+        assert_eq!(find(text, "r.test/teammate/app:1"), Ok(None));
+    }
+
+    #[test]
+    fn a_helper_is_named_and_not_run() {
+        assert_eq!(find(r#"{"credHelpers":{"r.test":"gcloud"}}"#, "r.test/a:1"), Err(Error::Helper));
+        assert_eq!(find(r#"{"auths":{"r.test":{}},"credsStore":"desktop"}"#, "r.test/a:1"), Err(Error::Helper));
+        assert_eq!(find(r#"{"auths":{},"credsStore":"desktop"}"#, "r.test/a:1"), Ok(None));
+        assert_eq!(find(r#"{"auths":{"r.test":{}}}"#, "r.test/a:1"), Ok(None));
+        assert!(Error::Helper.to_string().contains("helpers are not run"));
+    }
+
+    #[test]
+    fn secrets_are_scrubbed() {
+        let credentials = Credentials {
+            auth: "a3VydTpzZXNhbWU=".into(),
+            username: "kuru".into(),
+            password: "sesame".into(),
+            identity_token: String::new(),
+        };
+        let text = "kuru said sesame, or a3VydTpzZXNhbWU=, and that was that".to_owned();
+        assert_eq!(credentials.scrub(text), "kuru said ***, or ***, and that was that");
     }
 }

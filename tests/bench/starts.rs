@@ -146,7 +146,7 @@ impl Stage {
     /// The calls an agent makes, with the messages it sends, and nothing else.
     fn start_raw(&self, id: &str) -> Result<String, Failure> {
         let deadline = Deadline::within_ms(WAIT_MS, "start");
-        let image = proto::ImageSpec { image: self.image.clone(), annotations: BTreeMap::new(), runtime_handler: self.handler.clone() };
+        let image = proto::ImageSpec { image: self.image.clone(), runtime_handler: self.handler.clone(), ..Default::default() };
         self.client.image_status(&image, deadline)?.ok_or_else(|| format!("the runtime has no image {}", self.image))?;
         let sandbox = self.sandbox_config(id);
         let sandbox_id = self.client.run_pod_sandbox(&sandbox, &self.handler, deadline)?;

@@ -52,7 +52,7 @@ fn a_line_that_breaks_a_rule_hears_which() {
     check(b"[]", &[("", "must be an object, not an array")]);
     check(b"null", &[("", "must be an object, not null")]);
     check(b"{}", &[("/type", "is required")]);
-    check(b"{\"type\":\"Reboot\"}", &[("/type", "unknown type; must be one of Auth, DeleteWorkload")]);
+    check(b"{\"type\":\"Reboot\"}", &[("/type", "unknown type; must be one of Auth, CollectImages, DeleteWorkload")]);
     check(b"{\"type\":7}", &[("/type", "must be a string, not a number")]);
     check(b"{\"type\":\"Ping\",\"type\":\"Ping\"}", &[("/type", "duplicate key")]);
     check(b"{\"type\":\"Ping\",\"pnig\":1}", &[("/pnig", "unknown field")]);

@@ -50,8 +50,19 @@ fn every_example_works() {
 #[test]
 fn what_the_readme_says_to_an_agent_is_understood() {
     let readme = readme();
-    let requests =
-        ["StartWorkload", "GetStatus", "StopWorkload", "DeleteWorkload", "ListWorkloads", "GetNode", "GetLogs", "Exec", "Watch", "Ping"];
+    let requests = [
+        "StartWorkload",
+        "GetStatus",
+        "StopWorkload",
+        "DeleteWorkload",
+        "ListWorkloads",
+        "GetNode",
+        "GetLogs",
+        "Exec",
+        "Watch",
+        "Ping",
+        "CollectImages",
+    ];
     let mut shown = 0;
     for line in readme.lines().filter(|line| requests.iter().any(|kind| line.starts_with(&format!("{{\"type\":\"{kind}\"")))) {
         let received = Request::parse(line.as_bytes());

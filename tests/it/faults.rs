@@ -1,7 +1,7 @@
 //! What a start makes of every call that can fail, in every way it can: the state, the reason, and not a sandbox too many.
 //!
 //! A row is a fault of the simulator and what must come of it. The calls of a start, in order: ImageStatus, PullImage (where the
-//! image is not there), RunPodSandbox, PodSandboxStatus, CreateContainer, StartContainer, ContainerStatus.
+//! image is not there; then ImageStatus once more), RunPodSandbox, PodSandboxStatus, CreateContainer, StartContainer, ContainerStatus.
 
 use std::thread;
 
@@ -179,7 +179,8 @@ fn an_answer_that_is_none_is_never_believed() {
 fn a_runtime_that_is_busy_is_tried_again() {
     check_all(&[
         ("ImageStatus:error=UNAVAILABLE,boom*1", Runs(1)),
-        ("PullImage:error=UNAVAILABLE,boom*1", Runs(1)),
+        // Tried again as the pull it is, before there is a sandbox to count.
+        ("PullImage:error=UNAVAILABLE,boom*1", Runs(0)),
         ("RunPodSandbox:error=UNAVAILABLE,boom*1", Runs(1)),
         ("RunPodSandbox:error-after=UNAVAILABLE,boom*1", Runs(0)),
         ("PodSandboxStatus:error=UNAVAILABLE,boom*1", Runs(1)),

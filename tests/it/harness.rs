@@ -90,6 +90,14 @@ impl Dir {
         self.0.join(name)
     }
 
+    /// Writes a file of it that nobody else may read.
+    pub fn secret(&self, name: &str, text: &str) -> PathBuf {
+        let path = self.write(name, text);
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o600);
+        fs::set_permissions(&path, mode).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        path
+    }
+
     /// Writes a file of it.
     pub fn write(&self, name: &str, text: &str) -> PathBuf {
         let path = self.join(name);

@@ -32,8 +32,10 @@ fn an_image_is_pulled_from_a_registry() {
             assert_eq!((state, status.reason), (State::Failed, Some(Reason::ImageNotFound)), "{name}: {status:?}");
         }
         // Nobody listens there.
-        let (state, status) = agent.settle(&of_registry(place, "unreachable", "127.0.0.1:1", "busybox:1.35"));
+        let unreachable = with(of_registry(place, "unreachable", "127.0.0.1:1", "busybox:1.35"), json!({"start_deadline_ms": 1500}));
+        let (state, status) = agent.settle(&unreachable);
         assert_eq!((state, status.reason), (State::Failed, Some(Reason::ImagePullFailed)), "{status:?}");
+        assert!(status.message.as_ref().is_some_and(|m| m.starts_with("network: ") && m.contains("connection refused")), "{status:?}");
         assert_eq!(place.sandboxes().len(), 1, "none was made for an image that did not come");
     });
 }
@@ -46,14 +48,14 @@ fn a_registry_wants_to_know_who_asks() {
         };
         let credentials = |password: &str| {
             let text = json!({"auths": {registry.as_str(): {"username": "kakuri", "password": password}}}).to_string();
-            place.dir.write("config.json", &text).display().to_string()
+            place.dir.secret("config.json", &text).display().to_string()
         };
         let file = credentials("wrong");
         let agent = place.agent(&["--registry-credentials", &file]);
         let always = |id: &str| with(of_registry(place, id, &registry, "busybox:1.35"), json!({"image_pull": {"policy": "always"}}));
         let (state, status) = agent.settle(&always("wrong"));
         assert_eq!((state, status.reason), (State::Failed, Some(Reason::ImageUnauthorized)), "{status:?}");
-        place.dir.write("config.json", "{}");
+        place.dir.secret("config.json", "{}");
         let (state, status) = agent.settle(&always("none"));
         assert_eq!((state, status.reason), (State::Failed, Some(Reason::ImageUnauthorized)), "{status:?}");
         credentials("secret");

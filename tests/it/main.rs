@@ -15,6 +15,7 @@ mod cli;
 mod examples;
 mod faults;
 mod grpcio;
+mod images;
 mod isolation;
 mod lab;
 mod lifecycle;

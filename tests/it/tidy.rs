@@ -48,7 +48,7 @@ const DOORS: [(&str, &[&str]); 19] = [
     ("humantime", &["deadline.rs", "sim/logs.rs"]),
     ("log", &[""]),
     ("prost", &["cri/", "sim/"]),
-    ("rustix", &["agent/journal.rs", "agent/logs/files.rs"]),
+    ("rustix", &["agent/images/collect.rs", "agent/journal.rs", "agent/logs/files.rs"]),
     ("serde", &["config.rs", "wire/"]),
     ("serde_json", &["agent", "cli", "control_plane", "wire/"]),
     ("signal_hook", &["cli/play.rs", "daemon.rs"]),
@@ -254,6 +254,7 @@ fn threads_are_those_of_the_readme() {
         format!("`agent-N` per connection (at most {})", limits::CONNECTIONS_MAX),
         format!("`start-N` ({})", limits::START_WORKERS_DEFAULT),
         format!("`end-N` ({})", limits::STOP_WORKERS_DEFAULT),
+        format!("`pull-N` ({})", limits::PULLS_MAX_DEFAULT),
     ] {
         assert!(row.contains(&words), "{words:?} is not in {row}");
     }

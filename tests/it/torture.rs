@@ -99,7 +99,7 @@ fn replies_and_files_of_others() {
     torture(20_000, &samples, |_, bytes| {
         let _ = Reply::parse(bytes); // An agent that is out of its mind is an error, and no more.
         if let Ok(text) = std::str::from_utf8(bytes) {
-            let _ = docker::credentials(text, "docker.io");
+            let _ = docker::credentials(text, &kakuri::workload::ImageRef::new("busybox").expect("valid"));
             let _ = containerd::handlers(text);
         }
     });

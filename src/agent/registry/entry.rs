@@ -5,6 +5,7 @@
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use crate::cri::images::Image;
 use crate::cri::runtime::{Class, Ending};
 use crate::deadline::{Deadline, Stopwatch, Timestamp};
 use crate::limits;
@@ -35,6 +36,13 @@ pub(super) struct Entry {
     pub(super) made: Option<Made>,
     /// The runtime may have been asked to run the container of this attempt.
     pub(super) launched: bool,
+    /// The image that was pulled for the next start.
+    pub(super) image: Option<Image>,
+    /// Since when it waits for it, and how long it did before.
+    pub(super) pull: Option<Stopwatch>,
+    pub(super) pull_ms: u64,
+    /// The first cause in the status is one of the pull.
+    pub(super) is_pull_noted: bool,
     /// Set when nobody wants a start in flight any more.
     pub(super) cancel: Arc<AtomicBool>,
     pub(super) accepted: Stopwatch,
@@ -122,6 +130,8 @@ pub(super) struct Made {
 pub(super) enum Work {
     Doing,
     Idle,
+    /// A start that waits for its image.
+    Pulling,
     Queued(Chore),
 }
 
@@ -166,6 +176,10 @@ impl Entry {
             probe: Probe::Over,
             made: None,
             launched: false,
+            image: None,
+            pull: None,
+            pull_ms: 0,
+            is_pull_noted: false,
             cancel: Arc::default(),
             accepted: Stopwatch::start(),
             retry: None,
@@ -310,6 +324,10 @@ impl Entry {
         self.health = Health::default();
         self.restart = None;
         self.is_rebooted = false;
+        self.image = None;
+        self.pull = None;
+        self.pull_ms = 0;
+        self.is_pull_noted = false;
     }
 
     /// The attempt is over. By its policy the workload may not be.
@@ -394,6 +412,17 @@ impl Entry {
             self.begin_again(reason, Some(message));
         } else {
             self.give_up(reason, message);
+        }
+    }
+
+    /// Why a start that nobody is at work on is too late. A pull that kept failing is the cause, not the deadline it ran into.
+    pub(super) fn too_late(&self) -> (Reason, String) {
+        match (self.work, self.status.reason) {
+            (Work::Pulling, Some(Reason::ImagePullFailed)) => (Reason::ImagePullFailed, "start deadline passed in Pulling".into()),
+            (Work::Pulling, _) => (Reason::StartDeadlineExceeded, "start deadline passed in Pulling".into()),
+            (Work::Doing | Work::Idle | Work::Queued(_), _) => {
+                (Reason::StartDeadlineExceeded, "start deadline passed while it waited for its start".into())
+            }
         }
     }
 

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::entry::{Entry, Made, Probe, Recovery, Work};
 use super::{Inner, Registry, Wanted};
 use crate::agent::journal::Saved;
+use crate::cri::images;
 use crate::cri::runtime::{Class, Found, Observed, Seen};
 use crate::deadline::{Deadline, Stopwatch, Timestamp, uptime_ms};
 use crate::limits;
@@ -232,7 +233,7 @@ impl Registry {
         status.container_id = Some(container_id.clone());
         status.handler = Some(seen.handler.clone());
         status.ip = found.ip;
-        status.image_digest = found.image_digest;
+        status.image_digest = images::digest(&entry.workload.spec.image, &[found.image_ref]);
         status.isolation = isolation;
         status.started_at = since;
         status.observed_at = Timestamp::now();

@@ -1,5 +1,6 @@
 use super::entry::STOP_FAILURES_MAX;
 use super::*;
+use crate::cri::images::Image;
 use crate::cri::runtime::{Ending, Found, Progress, Seen, StartError, Started};
 use crate::wire::record::Record;
 use crate::workload::ImageRef;
@@ -342,7 +343,7 @@ fn seen() -> Seen {
 }
 
 fn found(observed: Observed) -> Found {
-    Found { observed, ip: Some("10.0.0.1".into()), image_digest: None }
+    Found { observed, ip: Some("10.0.0.1".into()), image_ref: String::new() }
 }
 
 #[test]
@@ -541,4 +542,87 @@ fn until_due(mut is_due: impl FnMut() -> bool, house: &House) {
         house.registry.tick();
         std::thread::yield_now();
     }
+}
+
+fn pulled() -> Image {
+    Image { id: "sha256:1".into(), digest: None }
+}
+
+fn uid(house: &House) -> Arc<str> {
+    house.registry.uid(&id()).expect("known")
+}
+
+/// A house with one workload that waits for its image.
+fn pulling(fields: serde_json::Value) -> House {
+    let house = house();
+    house.accept(workload(fields)).expect("accepted");
+    assert_eq!(house.starts.try_recv(), Ok(id()));
+    assert!(house.registry.begin_start(&id()).expect("to be started").park());
+    assert_eq!(house.registry.status(&id()).expect("known").1.phase, Some(Phase::Pulling));
+    house
+}
+
+#[test]
+fn a_start_that_waits_for_its_image_holds_no_worker_and_comes_back_with_it() {
+    let house = pulling(json!({}));
+    house.registry.tick();
+    assert!(house.starts.is_empty(), "nobody starts it meanwhile");
+    assert!(house.registry.is_pulling(&id(), &uid(&house)) && !house.registry.is_pulling(&id(), "another"));
+    house.registry.finish_pull(&id(), "another", Ok(pulled()));
+    assert!(house.starts.is_empty());
+    house.registry.note_pull(&id(), &uid(&house), Reason::ImagePullFailed, "first");
+    house.registry.note_pull(&id(), &uid(&house), Reason::ImagePullFailed, "later");
+    let status = house.registry.status(&id()).expect("known").1;
+    assert_eq!((status.message.as_deref(), status.last_error.as_deref()), (Some("first"), Some("later")));
+    house.registry.finish_pull(&id(), &uid(&house), Ok(pulled()));
+    assert_eq!(house.registry.images(), [(0, "docker.io/library/busybox:latest".to_owned()), (0, "sha256:1".to_owned())]);
+    assert_eq!(house.starts.try_recv(), Ok(id()));
+    let ticket = house.registry.begin_start(&id()).expect("to be started");
+    assert_eq!(ticket.image, Some(pulled()));
+    assert_eq!(house.registry.status(&id()).expect("known").1.message, None, "that trouble is over");
+    house.registry.finish_pull(&id(), &uid(&house), Ok(pulled()));
+    assert!(house.starts.is_empty(), "it waits no more");
+    ticket.finish(Ok((started(), false)));
+    assert_eq!(state(&house), State::Running);
+}
+
+#[test]
+fn a_start_that_waits_for_its_image_ends_at_once_when_nobody_wants_it() {
+    let house = pulling(json!({}));
+    assert_eq!(house.registry.want_stop(&id(), Reason::Stopped, None).map(|(state, _)| state), Some(State::Failed));
+    let house = pulling(json!({}));
+    house.registry.want_delete(&id());
+    assert_eq!(house.ends.try_recv(), Ok(id()));
+    house.registry.finish_pull(&id(), &uid(&house), Ok(pulled()));
+    assert!(house.starts.is_empty());
+    // Stopped while a worker had it, before it was parked.
+    let house = self::house();
+    house.accept(workload(json!({}))).expect("accepted");
+    let ticket = house.registry.begin_start(&id()).expect("to be started");
+    house.registry.want_stop(&id(), Reason::Stopped, None);
+    assert!(!ticket.park(), "nobody is to bring it back");
+    assert_eq!((state(&house), reason(&house)), (State::Failed, Some(Reason::Stopped)));
+}
+
+#[test]
+fn a_pull_that_fails_ends_its_start_with_its_reason() {
+    let house = pulling(json!({}));
+    house.registry.finish_pull(&id(), &uid(&house), Err(failure(Reason::ImageNotFound, false)));
+    assert_eq!((state(&house), reason(&house)), (State::Failed, Some(Reason::ImageNotFound)));
+    let check = |noted: Option<Reason>, expected: Reason| {
+        let house = pulling(json!({"start_deadline_ms": 1}));
+        if let Some(reason) = noted {
+            house.registry.note_pull(&id(), &uid(&house), reason, "why");
+        }
+        // The millisecond passes while we ask.
+        while state(&house) == State::Pending {
+            house.registry.tick();
+        }
+        let status = house.registry.status(&id()).expect("known").1;
+        assert_eq!(status.reason, Some(expected), "{status:?}");
+        assert_eq!(status.message.as_deref(), Some(noted.map_or("start deadline passed in Pulling", |_| "why")));
+    };
+    check(None, Reason::StartDeadlineExceeded);
+    check(Some(Reason::ImagePullFailed), Reason::ImagePullFailed);
+    check(Some(Reason::RuntimeUnavailable), Reason::StartDeadlineExceeded);
 }

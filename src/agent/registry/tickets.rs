@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::entry::{Chore, Made, Work};
 use super::{Registry, Wanted};
+use crate::cri::images::Image;
 use crate::cri::runtime::{Class, Ending, Observed, Progress, StartError, Started};
 use crate::deadline::{Deadline, Timestamp};
 use crate::limits;
@@ -25,6 +26,8 @@ impl Registry {
             class: Arc::clone(&entry.class),
             endpoint: entry.endpoint,
             attempt: entry.status.attempt,
+            image: entry.image.take(),
+            pull_ms: entry.pull_ms,
             cancel: Arc::clone(&entry.cancel),
             deadline: entry.start_deadline,
             is_over: false,
@@ -196,8 +199,8 @@ impl Registry {
 
 /// A start in flight. Dropped unfinished, by a panic, it marks the workload failed.
 pub struct StartTicket<'a> {
-    registry: &'a Registry,
-    id: WorkloadId,
+    pub(super) registry: &'a Registry,
+    pub(super) id: WorkloadId,
     /// What to start.
     pub workload: Arc<Workload>,
     /// Which acceptance of it.
@@ -208,10 +211,14 @@ pub struct StartTicket<'a> {
     pub endpoint: usize,
     /// As which sandbox.
     pub attempt: u32,
+    /// The image, when it was pulled for this start.
+    pub image: Option<Image>,
+    /// How long it waited for that, milliseconds.
+    pub pull_ms: u64,
     /// Until when.
     pub deadline: Deadline,
-    cancel: Arc<AtomicBool>,
-    is_over: bool,
+    pub(super) cancel: Arc<AtomicBool>,
+    pub(super) is_over: bool,
 }
 
 impl StartTicket<'_> {

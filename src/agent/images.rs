@@ -1,0 +1,407 @@
+//! The images of this node: one pull at a time of each, so many at once, and none by a worker that others wait for.
+//!
+//! A start that finds its image goes on. One that does not is parked ([`StartTicket::park`]) and joins the pull of its image, begun
+//! or to begin; threads of their own (`pull-N`) do the pulls, and bring every start that waits back to the workers, or end it. So a
+//! start whose image is there never waits behind a pull, and a start that is stopped, or late, ends while its pull goes on for the
+//! others. A pull that nobody waits for any more is broken off.
+//!
+//! A pull is shared by starts of the same image, handler and set of credentials. What passes (network, 429, 5xx, a full disk, a
+//! runtime that is away) is tried again with growing pauses until the last who waits is out of time; what a registry or the
+//! configuration refuses is final.
+//!
+//! Policies are the kubelet's: `always` asks the registry at every start, a digest or not; `if-not-present` and `never` take what
+//! is there. What kakuri pulled with credentials is there only for those who show the same ([`ledger::Source`]): others pull, and
+//! the registry decides. What somebody else put there is there for everybody.
+//!
+//! Invariant: for each key at most one pull is under way; at most `pulls_max` are in all.
+//! Invariant: an image is removed ([`collect`]) only under a mark that keeps pulls and starts off it, and after a look for whoever
+//! came before the mark.
+
+pub mod collect;
+mod credentials;
+mod ledger;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use super::Agent;
+use super::registry::StartTicket;
+use crate::config::{AgentConfig, ImageGc};
+use crate::cri::images::{self, Errand, Image, Trouble};
+use crate::cri::proto::AuthConfig;
+use crate::cri::runtime::{StartError, failure};
+use crate::deadline::{Deadline, Stopwatch, Timestamp};
+use crate::limits;
+use crate::workload::{ImageRef, Name, PullPolicy, Reason, WorkloadId};
+
+use ledger::Ledger;
+
+/// What this node knows and does about its images.
+pub struct Images {
+    credentials: credentials::Files,
+    gc: ImageGc,
+    inner: Mutex<Inner>,
+    changed: Condvar,
+}
+
+struct Inner {
+    /// In the order they were asked for.
+    pulls: Vec<Pull>,
+    /// Images that starts in flight are about to make containers of, and how many of those.
+    held: BTreeMap<(usize, String), usize>,
+    /// Ids and names of images that are being removed.
+    removing: BTreeSet<(usize, String)>,
+    ledger: Ledger,
+    /// Somebody collects.
+    is_collecting: bool,
+    /// There is something to write down.
+    is_dirty: bool,
+    /// Images should be looked at: one came, or there was no room for one.
+    is_due: bool,
+}
+
+/// What makes two pulls the same.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Key {
+    endpoint: usize,
+    image: ImageRef,
+    handler: String,
+    /// The set that was asked for by name, not what is in it: it is read anew for each try.
+    credentials: Option<Name>,
+}
+
+struct Pull {
+    key: Key,
+    errand: Errand,
+    waiters: Vec<(WorkloadId, Arc<str>)>,
+    is_doing: bool,
+    /// When it may be tried again, and how often it failed.
+    retry: Option<Deadline>,
+    failures: u32,
+}
+
+impl Pull {
+    fn is_wanted(&self, agent: &Agent) -> bool {
+        self.waiters.iter().any(|(id, uid)| agent.registry.is_pulling(id, uid))
+    }
+}
+
+/// How a try ended.
+enum Outcome {
+    Done(Image),
+    Failed(StartError),
+    /// It is worth another.
+    Passing(Trouble),
+    Unwanted,
+}
+
+/// An image that is there and stays, as long as this is held.
+pub struct Held<'a> {
+    images: &'a Images,
+    endpoint: usize,
+    /// The image.
+    pub image: Image,
+    /// How long the start waited for it, milliseconds.
+    pub pull_ms: u64,
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        let key = (self.endpoint, self.image.id.clone());
+        let mut inner = self.images.lock();
+        if let Some(count) = inner.held.get_mut(&key) {
+            *count -= 1;
+            if *count == 0 {
+                inner.held.remove(&key);
+            }
+        }
+    }
+}
+
+/// Finds the image of a start; `None` when it has to be pulled first.
+///
+/// # Errors
+/// When it never will be there, or the runtime does not say.
+pub fn find<'a>(agent: &'a Agent, ticket: &StartTicket<'_>) -> Result<Option<Held<'a>>, StartError> {
+    let (spec, endpoint) = (&ticket.workload.spec, ticket.endpoint);
+    let watch = Stopwatch::start();
+    let images = &agent.images;
+    let is_pulled = ticket.image.is_some();
+    let found = match (&ticket.image, spec.pull_policy) {
+        (Some(image), _) => Some(image.clone()),
+        (None, PullPolicy::Always) => None,
+        (None, PullPolicy::IfNotPresent | PullPolicy::Never) => {
+            let client = &agent.endpoint(endpoint).client;
+            let looked = images::look(client, &spec.image, &ticket.class.handler, ticket.deadline);
+            looked.map_err(|error| failure(&error, Reason::ImagePullFailed, ticket.deadline))?
+        }
+    };
+    let name = spec.image.as_str();
+    let never =
+        |reason, why: &str| StartError { reason, message: format!("{name} {why}, and image_pull.policy is never"), retriable: false };
+    let is_never = spec.pull_policy == PullPolicy::Never;
+    let held = found.and_then(|image| images.hold(agent, endpoint, &spec.image, image));
+    match held {
+        Some(mut held) if is_pulled || images.may_use(agent, endpoint, &held.image.id, spec.pull_credentials.as_ref()) => {
+            held.pull_ms = ticket.pull_ms.saturating_add(watch.elapsed_ms());
+            Ok(Some(held))
+        }
+        Some(_) if is_never => Err(never(Reason::ImageUnauthorized, "was pulled with credentials this workload does not show")),
+        None if is_never => Err(never(Reason::ImageNotFound, "is not on the node")),
+        Some(_) | None => Ok(None),
+    }
+}
+
+/// Parks a start until its image was pulled.
+pub fn wait_for(agent: &Agent, ticket: StartTicket<'_>) {
+    let workload = &ticket.workload;
+    let key = Key {
+        endpoint: ticket.endpoint,
+        image: workload.spec.image.clone(),
+        handler: ticket.class.handler.clone(),
+        credentials: workload.spec.pull_credentials.clone(),
+    };
+    let errand = Errand {
+        image: key.image.clone(),
+        handler: key.handler.clone(),
+        annotations: ticket.class.annotations.clone(),
+        workload: workload.id.clone(),
+        uid: ticket.uid.to_string(),
+        node: agent.registry.node().clone(),
+    };
+    let waiter = (ticket.id().clone(), Arc::clone(&ticket.uid));
+    // Parked first: whoever brings it back must find it waiting.
+    if ticket.park() {
+        agent.images.join(key, errand, waiter);
+    }
+}
+
+impl Images {
+    /// Of an agent of this configuration, with what the one before wrote down.
+    pub fn new(config: &AgentConfig) -> Self {
+        let inner = Inner {
+            pulls: Vec::new(),
+            held: BTreeMap::new(),
+            removing: BTreeSet::new(),
+            ledger: Ledger::read(config.state_dir.join(ledger::FILE)),
+            is_collecting: false,
+            is_dirty: false,
+            is_due: false,
+        };
+        let credentials = credentials::Files { node: config.registry_credentials.clone(), named: config.credentials.clone() };
+        Self { credentials, gc: config.image_gc, inner: Mutex::new(inner), changed: Condvar::new() }
+    }
+
+    /// Whether this node has a set of credentials of that name.
+    pub fn has_credentials(&self, name: &Name) -> bool {
+        self.credentials.named.contains_key(name)
+    }
+
+    /// Wakes everyone who waits, so that they see that the agent stops.
+    pub fn wake_all(&self) {
+        let _held = self.lock();
+        self.changed.notify_all();
+    }
+
+    /// Keeps an image that was found; `None` when it is being removed, which is as good as gone.
+    fn hold(&self, agent: &Agent, endpoint: usize, name: &ImageRef, image: Image) -> Option<Held<'_>> {
+        let mut inner = self.lock();
+        let id = (endpoint, image.id.clone());
+        if inner.removing.contains(&id) || inner.removing.contains(&(endpoint, name.listed())) {
+            return None;
+        }
+        *inner.held.entry(id).or_default() += 1;
+        inner.ledger.used(&socket(agent, endpoint), &image.id, Timestamp::now());
+        drop(inner);
+        Some(Held { images: self, endpoint, image, pull_ms: 0 })
+    }
+
+    fn may_use(&self, agent: &Agent, endpoint: usize, id: &str, credentials: Option<&Name>) -> bool {
+        self.lock().ledger.may_use(&socket(agent, endpoint), id, credentials)
+    }
+
+    /// Adds a start to the pull it waits for. There are no more of them than workloads.
+    fn join(&self, key: Key, errand: Errand, waiter: (WorkloadId, Arc<str>)) {
+        let mut inner = self.lock();
+        match inner.pulls.iter_mut().find(|pull| pull.key == key) {
+            Some(pull) => {
+                // Others of a long queue may have given up.
+                pull.waiters.retain(|(id, _)| *id != waiter.0);
+                pull.waiters.push(waiter);
+            }
+            None => inner.pulls.push(Pull { key, errand, waiters: vec![waiter], is_doing: false, retry: None, failures: 0 }),
+        }
+        drop(inner);
+        self.changed.notify_all();
+    }
+
+    /// Waits for a pull to do; `None` when the agent stops.
+    fn next(&self, agent: &Agent) -> Option<(Key, Errand)> {
+        let mut inner = self.lock();
+        loop {
+            if agent.is_stopping() {
+                return None;
+            }
+            inner.pulls.retain(|pull| pull.is_doing || pull.is_wanted(agent));
+            let mut wait = Duration::from_millis(limits::IMAGE_GC_PERIOD_MS);
+            let Inner { pulls, removing, .. } = &mut *inner;
+            for pull in pulls.iter_mut().filter(|pull| !pull.is_doing) {
+                if let Some(left) = pull.retry.and_then(|retry| retry.left().ok()) {
+                    wait = wait.min(left);
+                } else if !removing.contains(&(pull.key.endpoint, pull.key.image.listed())) {
+                    pull.is_doing = true;
+                    return Some((pull.key.clone(), pull.errand.clone()));
+                }
+            }
+            inner = self.wait(inner, wait);
+        }
+    }
+
+    fn is_wanted(&self, agent: &Agent, key: &Key) -> bool {
+        !agent.is_stopping() && self.lock().pulls.iter().any(|pull| pull.key == *key && pull.is_wanted(agent))
+    }
+
+    /// Tells those who wait how a try ended.
+    fn settle(&self, agent: &Agent, key: &Key, outcome: &Outcome) {
+        let mut inner = self.lock();
+        let Some(at) = inner.pulls.iter().position(|pull| pull.key == *key) else { return };
+        let is_wanted = inner.pulls[at].is_wanted(agent);
+        let waiters = match (outcome, is_wanted) {
+            // Somebody came after the last look.
+            (Outcome::Unwanted, true) => {
+                inner.pulls[at].is_doing = false;
+                Vec::new()
+            }
+            (Outcome::Passing(trouble), true) => {
+                let pull = &mut inner.pulls[at];
+                let ms = limits::PULL_RETRY_MS_MIN << pull.failures.min(16);
+                pull.failures = pull.failures.saturating_add(1);
+                pull.retry = Some(Deadline::within_ms(ms.min(limits::PULL_RETRY_MS_MAX), "pull"));
+                pull.is_doing = false;
+                let waiters = pull.waiters.clone();
+                inner.is_due |= trouble.kind == images::Kind::Disk;
+                waiters
+            }
+            (Outcome::Unwanted | Outcome::Passing(_), false) | (Outcome::Done(_) | Outcome::Failed(_), _) => inner.pulls.remove(at).waiters,
+        };
+        drop(inner);
+        self.changed.notify_all();
+        for (id, uid) in waiters {
+            match outcome {
+                Outcome::Done(image) => agent.registry.finish_pull(&id, &uid, Ok(image.clone())),
+                Outcome::Failed(error) => agent.registry.finish_pull(&id, &uid, Err(error.clone())),
+                Outcome::Passing(trouble) => agent.registry.note_pull(&id, &uid, trouble.kind.reason(), &trouble.message),
+                Outcome::Unwanted => {}
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        // Held for looking and noting only; the data is whole at every moment.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait<'a>(&'a self, inner: MutexGuard<'a, Inner>, wait: Duration) -> MutexGuard<'a, Inner> {
+        self.changed.wait_timeout(inner, wait).unwrap_or_else(PoisonError::into_inner).0
+    }
+}
+
+/// A runtime's socket, by which the ledger knows it: its place among the endpoints may change with the configuration.
+fn socket(agent: &Agent, endpoint: usize) -> String {
+    agent.endpoint(endpoint).client.endpoint().display().to_string()
+}
+
+/// Does pulls until the agent stops.
+pub fn pull_loop(agent: &Agent) {
+    while let Some((key, errand)) = agent.images.next(agent) {
+        let watch = Stopwatch::start();
+        let outcome = pull(agent, &key, &errand);
+        let (image, ms) = (key.image.as_str(), watch.elapsed_ms());
+        match &outcome {
+            Outcome::Done(done) => log::info!("image {image}: pulled in {ms} ms, {}", done.id),
+            Outcome::Failed(error) => log::warn!("image {image}: not pulled: {error}"),
+            Outcome::Passing(trouble) => log::warn!("image {image}: not pulled yet: {}", trouble.message),
+            Outcome::Unwanted => log::info!("image {image}: pull broken off after {ms} ms, nobody waits for it"),
+        }
+        agent.images.settle(agent, &key, &outcome);
+    }
+}
+
+fn pull(agent: &Agent, key: &Key, errand: &Errand) -> Outcome {
+    let client = &agent.endpoint(key.endpoint).client;
+    let shown = match agent.images.credentials.find(&key.image, key.credentials.as_ref()) {
+        Ok(shown) => shown,
+        Err(error) => return Outcome::Failed(StartError { reason: error.reason(), message: error.to_string(), retriable: false }),
+    };
+    // What is there before the pull is not ours after it, whatever its name: a runtime removes an image with all its names.
+    let before: BTreeSet<String> = match client.list_images(Deadline::within_ms(limits::CRI_QUICK_MS_MAX, "ListImages")) {
+        Ok(list) => list.into_iter().map(|image| image.id).collect(),
+        Err(error) => return ended(Trouble::of(&error)),
+    };
+    let auth = shown.credentials.as_ref().map(|c| AuthConfig {
+        auth: c.auth.clone(),
+        username: c.username.clone(),
+        password: c.password.clone(),
+        identity_token: c.identity_token.clone(),
+        // containerd shows them to this host alone, and to no mirror. It knows Docker Hub by the host it asks.
+        server_address: match key.image.registry() {
+            "docker.io" => "https://registry-1.docker.io".to_owned(),
+            registry => format!("https://{registry}"),
+        },
+        registry_token: String::new(),
+    });
+    match images::pull(client, errand, auth, &|| agent.images.is_wanted(agent, key)) {
+        Ok(Some(image)) => {
+            let mut inner = agent.images.lock();
+            let was_there = before.contains(&image.id);
+            let socket = socket(agent, key.endpoint);
+            let is_noted = inner.ledger.pulled(&socket, &image.id, key.image.listed(), shown.source, was_there, Timestamp::now());
+            inner.is_dirty |= is_noted;
+            inner.is_due = true;
+            Outcome::Done(image)
+        }
+        Ok(None) => Outcome::Unwanted,
+        Err(Trouble { kind, message }) => {
+            let message = shown.credentials.iter().fold(message, |message, credentials| credentials.scrub(message));
+            ended(Trouble { kind, message })
+        }
+    }
+}
+
+fn ended(trouble: Trouble) -> Outcome {
+    match trouble {
+        trouble if trouble.kind.is_passing() => Outcome::Passing(trouble),
+        Trouble { kind, message } => Outcome::Failed(StartError { reason: kind.reason(), message, retriable: false }),
+    }
+}
+
+/// Keeps the ledger on disk, and collects images, until the agent stops. The only writer of the file.
+pub fn keep_loop(agent: &Agent) {
+    let images = &agent.images;
+    let mut since = Stopwatch::start();
+    loop {
+        let mut inner = images.lock();
+        let period = Duration::from_millis(limits::IMAGE_GC_PERIOD_MS);
+        while !inner.is_dirty && !inner.is_due && !agent.is_stopping() && since.elapsed() < period {
+            inner = images.wait(inner, period.saturating_sub(since.elapsed()));
+        }
+        let text = std::mem::take(&mut inner.is_dirty).then(|| inner.ledger.text());
+        let is_due = std::mem::take(&mut inner.is_due) || since.elapsed() >= period;
+        drop(inner);
+        if let Some((path, text)) = text {
+            // What is not written down is not collected by the next agent, no more.
+            ledger::write(&path, &text).unwrap_or_else(|error| log::warn!("{}: {error}", path.display()));
+        }
+        if agent.is_stopping() {
+            return;
+        }
+        if is_due {
+            since = Stopwatch::start();
+            // Before the first list nobody knows what runs here.
+            if agent.node.endpoints.iter().all(|endpoint| endpoint.is_listed()) {
+                collect::pass(agent);
+            }
+        }
+    }
+}
