@@ -59,6 +59,8 @@ struct Inner {
     is_dirty: bool,
     /// Images should be looked at: one came, or there was no room for one.
     is_due: bool,
+    /// What the last collection had to complain of; said when it is new.
+    troubles: Vec<String>,
 }
 
 /// What makes two pulls the same.
@@ -188,6 +190,7 @@ impl Images {
             is_collecting: false,
             is_dirty: false,
             is_due: false,
+            troubles: Vec::new(),
         };
         let credentials = credentials::Files { node: config.registry_credentials.clone(), named: config.credentials.clone() };
         Self { credentials, gc: config.image_gc, inner: Mutex::new(inner), changed: Condvar::new() }
@@ -380,18 +383,22 @@ fn ended(trouble: Trouble) -> Outcome {
 pub fn keep_loop(agent: &Agent) {
     let images = &agent.images;
     let mut since = Stopwatch::start();
+    let mut is_unwritten = false;
     loop {
         let mut inner = images.lock();
         let period = Duration::from_millis(limits::IMAGE_GC_PERIOD_MS);
         while !inner.is_dirty && !inner.is_due && !agent.is_stopping() && since.elapsed() < period {
             inner = images.wait(inner, period.saturating_sub(since.elapsed()));
         }
-        let text = std::mem::take(&mut inner.is_dirty).then(|| inner.ledger.text());
         let is_due = std::mem::take(&mut inner.is_due) || since.elapsed() >= period;
+        let is_dirty = std::mem::take(&mut inner.is_dirty) || (is_unwritten && is_due);
+        let text = is_dirty.then(|| inner.ledger.text());
         drop(inner);
         if let Some((path, text)) = text {
-            // What is not written down is not collected by the next agent, no more.
-            ledger::write(&path, &text).unwrap_or_else(|error| log::warn!("{}: {error}", path.display()));
+            let written = ledger::write(&path, &text);
+            is_unwritten = written.is_err();
+            // Tried again with the next pass. What is not written down the next agent does not collect, no more.
+            written.unwrap_or_else(|error| log::warn!("{}: {error}", path.display()));
         }
         if agent.is_stopping() {
             return;

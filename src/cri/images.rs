@@ -301,7 +301,7 @@ mod tests {
         };
         let status = |answer: &str| format!("pulling from host r.test failed with status code [manifests 1]: {answer}");
         let request = |why: &str| format!("failed to do request: Head \"https://r.test/v2/a/manifests/1\": {why}");
-        // As a containerd 1.6.20 was seen to answer, but for TLS.
+        // As a containerd 1.6.20 was seen to answer, but for x509.
         check(Code::NotFound, "r.test/a:1: not found", Kind::NotFound);
         check(Code::Unknown, &status("401 Unauthorized"), Kind::Unauthorized);
         check(Code::Unknown, &status("403 Forbidden"), Kind::Unauthorized);
@@ -313,10 +313,18 @@ mod tests {
         check(Code::Unknown, &request("read tcp 192.0.2.1:4->192.0.2.2:5: read: connection reset by peer"), Kind::Network);
         check(Code::Unknown, &request("x509: certificate signed by unknown authority"), Kind::Network);
         check(Code::Unknown, "failed to copy: write /x/data: no space left on device", Kind::Disk);
+        let unpacking = "failed to extract layer sha256:0: mount callback failed on /x: write /x/bin/y: no space left on device: unknown";
+        check(Code::Unknown, unpacking, Kind::Disk);
         check(Code::InvalidArgument, "unable to fetch descriptor which reports content size of zero: invalid argument", Kind::Other);
         check(Code::Unknown, "boom", Kind::Other);
         check(Code::Unavailable, "boom", Kind::Runtime);
         check(Code::PermissionDenied, "boom", Kind::Unauthorized);
+    }
+
+    #[test]
+    fn an_image_cannot_be_named_so_that_its_trouble_looks_like_another() {
+        let message = "failed to pull \"r.test/429/503/401-unauthorized/no-such-host/dial-tcp/not-found/tls_x509:not-found\": boom";
+        assert_eq!(told(message), None);
     }
 
     #[test]

@@ -22,7 +22,7 @@ use kakuri::limits;
 use kakuri::net::Stream;
 use kakuri::net::line::LineReader;
 use kakuri::wire::agent::{LogRequest, Reply, Request};
-use kakuri::wire::{containerd, docker, json};
+use kakuri::wire::{containerd, docker, images, json};
 use kakuri::workload::WorkloadId;
 use serde_json::json;
 
@@ -90,13 +90,15 @@ fn json_is_as_strict_as_it_says() {
 
 #[test]
 fn replies_and_files_of_others() {
-    let samples: [&[u8]; 4] = [
+    let samples: [&[u8]; 5] = [
         br#"{"type":"Status","id":"a","state":"Running","status":{"reason":null,"message":null,"phase":null,"node":"n","attempt":0,"restarts":0,"exit_code":null,"oom_killed":false,"sandbox_id":null,"container_id":null,"image_digest":null,"ip":null,"handler":null,"isolation":{"verified":null,"handler":null,"kernel":null,"host_kernel":null,"message":null},"created_at":"2026-01-02T03:04:05.678Z","started_at":null,"finished_at":null,"observed_at":"2026-01-02T03:04:05.678Z","timings_ms":{"pull":null,"sandbox":null,"create":null,"start":null,"total":null},"placement":{"rejected":{}},"last_error":null}}"#,
         br#"{"type":"Log","stream":"stdout","time":"2026-01-02T03:04:05.678Z","line":"x"}"#,
         br#"{"auths":{"127.0.0.1:5000":{"auth":"YTpi"},"https://index.docker.io/v1/":{"username":"u","password":"p"}}}"#,
         br#"{"containerd":{"defaultRuntimeName":"runc","runtimes":{"runc":{"runtimeType":"x"},"gvisor":{}}}}"#,
+        br#"{"version":1,"images":[{"endpoint":"/c.sock","id":"sha256:1","names":["r.test/a:1"],"credentials":["node"],"pulled_at":"2026-01-02T03:04:05.678Z","last_used_at":"2026-01-02T03:04:05.678Z"}]}"#,
     ];
     torture(20_000, &samples, |_, bytes| {
+        let _ = images::Ledger::parse(bytes); // A damaged file is none.
         let _ = Reply::parse(bytes); // An agent that is out of its mind is an error, and no more.
         if let Ok(text) = std::str::from_utf8(bytes) {
             let _ = docker::credentials(text, &kakuri::workload::ImageRef::new("busybox").expect("valid"));

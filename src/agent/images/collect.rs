@@ -159,8 +159,19 @@ fn space(agent: &Agent, endpoint: usize) -> Result<(Option<String>, Space), Stri
 /// Collects on all runtimes, unless somebody does already.
 pub(super) fn pass(agent: &Agent) {
     let Some(reply) = collect(agent, false) else { return };
-    for problem in reply.file_systems.iter().filter_map(|f| f.problem.as_ref()) {
-        log::debug!("images are not collected: {problem}");
+    let is_stuck = |f: &FileSystem| {
+        let any_removed = reply.images.iter().any(|image| image.removed && image.endpoint == f.endpoint);
+        f.high_percent < 100 && f.used_percent >= Some(f.high_percent) && !any_removed
+    };
+    let trouble = |f: &FileSystem| match &f.problem {
+        Some(problem) => Some(format!("images are not collected: {problem}")),
+        None if is_stuck(f) => Some("there is little room for images, and none of them can go; CollectImages with dry_run says why".into()),
+        None => None,
+    };
+    let troubles: Vec<String> = reply.file_systems.iter().filter_map(trouble).collect();
+    let is_news = std::mem::replace(&mut agent.images.lock().troubles, troubles.clone()) != troubles;
+    for trouble in troubles.iter().filter(|_| is_news) {
+        log::warn!("{trouble}");
     }
 }
 
