@@ -172,13 +172,15 @@ fn unsaved(agent: &Agent, id: &WorkloadId, client: &Client<'_>) -> Option<Reply>
 
 /// There is no such workload; as long as a runtime was not listed since the agent started, nobody can say so.
 fn not_found(agent: &Agent, id: &WorkloadId) -> Reply {
-    let is_certain = agent.node.endpoints.iter().all(|endpoint| endpoint.is_listed());
-    let (code, message) = if is_certain {
-        (ErrorCode::NotFound, "no such workload on this node")
-    } else {
-        (ErrorCode::Unavailable, "not known yet: the runtime was not listed since the agent started")
-    };
-    Reply::error(code, message, Some(id.to_string()))
+    let certain = || Reply::error(ErrorCode::NotFound, "no such workload on this node", Some(id.to_string()));
+    uncertain(agent, Some(id)).unwrap_or_else(certain)
+}
+
+/// The answer to whoever asks what is not here, until every runtime was listed: what was not seen yet may run all the same.
+fn uncertain(agent: &Agent, id: Option<&WorkloadId>) -> Option<Reply> {
+    let message = "not known yet: the runtime was not listed since the agent started";
+    let error = || Reply::error(ErrorCode::Unavailable, message, id.map(ToString::to_string));
+    (!agent.node.endpoints.iter().all(|endpoint| endpoint.is_listed())).then(error)
 }
 
 fn invalid(problems: &Problems, id: Option<String>) -> Reply {
@@ -311,6 +313,9 @@ fn collect_images(agent: &Agent, dry_run: bool) -> Reply {
 }
 
 fn list(agent: &Agent, after: Option<&WorkloadId>, limit: usize) -> Reply {
+    if let Some(error) = uncertain(agent, None) {
+        return error;
+    }
     let mut limit = limit;
     loop {
         let (workloads, is_more) = agent.registry.page(after, limit);

@@ -305,6 +305,22 @@ fn an_agent_may_start_before_its_runtime() {
 }
 
 #[test]
+fn a_list_is_whole_or_refused() {
+    let place = Place::sim(&["--persist"]);
+    let mut agent = place.agent(&[]);
+    agent.run(&with(place.workload("wl-1", &["sleep", "1000"]), json!({"stop_grace_ms": 0})));
+    agent.kill();
+    place.kill_sim();
+    agent.again_now();
+    // It runs, and the agent cannot know yet: an empty list would be a lie.
+    let error = expect_error(agent.ask(&json!({"type": "ListWorkloads"})));
+    assert_eq!(error.code, ErrorCode::Unavailable, "{error:?}");
+    place.start_sim();
+    agent.wait_until_ready();
+    assert_eq!(agent.list().len(), 1);
+}
+
+#[test]
 fn a_stop_finishes_what_is_in_flight() {
     let place = Place::sim(&[]);
     let mut agent = place.agent(&[]);
