@@ -125,17 +125,19 @@ fn watch(plane: &Plane, node: &Node, was_watched: &mut bool) -> Result<(), Error
     let mut replies = node.client.stream(&Request::Watch { since: None }, Deadline::within_ms(limits::NODE_REQUEST_MS_MAX, "Watch"))?;
     plane.nudge_all_on(&node.name);
     let silence = || Deadline::within_ms(limits::WATCH_SILENCE_MS_MAX, "watch");
-    // A node that is not ready is asked again soon: it may have begun a moment ago.
-    let heartbeat = || {
-        let ms = if node.view().trouble.is_none() { limits::HEARTBEAT_MS } else { limits::NODE_WAIT_SLICE_MS };
-        Deadline::within_ms(ms, "heartbeat")
+    // A node that is not ready, or not sure, is asked again soon: it may have begun a moment ago.
+    let heartbeat = |is_sure: bool| {
+        let is_well = is_sure && node.view().trouble.is_none();
+        Deadline::within_ms(if is_well { limits::HEARTBEAT_MS } else { limits::NODE_WAIT_SLICE_MS }, "heartbeat")
     };
-    let (mut silent, mut next_ask) = (silence(), heartbeat());
-    let mut listed = Some(HashSet::new());
+    // What was on the list, as long as there is something that should have been; and whether the list was whole.
+    let (mut listed, mut is_whole) = (Some(HashSet::new()), false);
+    let (mut silent, mut next_ask) = (silence(), heartbeat(true));
     loop {
         if next_ask.left().is_err() {
             node.ask()?;
-            next_ask = heartbeat();
+            listed = listed.filter(|listed| !is_whole || !is_sure_of_missing(plane, node, listed));
+            next_ask = heartbeat(listed.is_none());
         }
         match replies.next(next_ask)? {
             Some(Reply::Event(event)) => {
@@ -145,9 +147,9 @@ fn watch(plane: &Plane, node: &Node, was_watched: &mut bool) -> Result<(), Error
                 take(plane, node, event);
             }
             Some(Reply::Heartbeat { .. }) => {
-                if let Some(listed) = listed.take() {
-                    ask_about_missing(plane, node, &listed);
-                }
+                is_whole = true;
+                listed = listed.filter(|listed| !is_sure_of_missing(plane, node, listed));
+                next_ask = if listed.is_some() { heartbeat(false) } else { next_ask };
             }
             Some(_) => return Err(Error::Unexpected),
             None if silent.left().is_err() => return Err(Error::Expired(silent.expired())),
@@ -173,17 +175,16 @@ fn take(plane: &Plane, node: &Node, event: Event) {
     }
 }
 
-/// Asks about workloads that should be there and were not on the list.
-fn ask_about_missing(plane: &Plane, node: &Node, listed: &HashSet<WorkloadId>) {
+/// Asks about workloads that should be there and were not on the list; whether the agent knew about all of them. One that began a
+/// moment ago may not have seen yet what its runtime has.
+fn is_sure_of_missing(plane: &Plane, node: &Node, listed: &HashSet<WorkloadId>) -> bool {
     let is_missing = |record: &super::store::Record| {
         record.node == node.name && record.is_known && !record.state.is_terminal() && !listed.contains(&record.workload.id)
     };
-    for record in plane.store.page(None, usize::MAX, &is_missing).records {
-        if plane.stopping.is_set() {
-            return;
-        }
-        plane.refresh(&record, None);
-    }
+    let missing = plane.store.page(None, usize::MAX, &is_missing).records;
+    let asked = missing.iter().take_while(|_| !plane.stopping.is_set());
+    let unsure = asked.filter(|record| !plane.inquire(record, None).1).count();
+    unsure == 0
 }
 
 #[cfg(test)]

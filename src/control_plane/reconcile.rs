@@ -178,16 +178,23 @@ impl Plane {
     /// Asks the agent how a workload is, and waits until it got somewhere where that is asked for; the record as it is then, which
     /// is as it was when the agent does not answer, or `None` when it is gone.
     pub(super) fn refresh(&self, record: &Arc<Record>, wait: Option<(Until, u64)>) -> Option<Arc<Record>> {
+        self.inquire(record, wait).0
+    }
+
+    /// As [`Plane::refresh`]; and whether the agent said how it is, be it that there is no such workload.
+    pub(super) fn inquire(&self, record: &Arc<Record>, wait: Option<(Until, u64)>) -> (Option<Arc<Record>>, bool) {
         let request = Request::GetStatus { id: record.workload.id.clone(), wait };
         let ms = limits::NODE_STATUS_MS_MAX.saturating_add(wait.map_or(0, |wait| wait.1));
-        let result = self.ask(record, &request, ms, "GetStatus").and_then(|reply| self.take(record, reply));
-        result.unwrap_or_else(|error| {
-            let after = self.trouble(record, &error);
-            if is_unknown(&error) && after.as_deref().and_then(decide).is_some() {
-                self.dispatch.nudge(&record.workload.id);
+        match self.ask(record, &request, ms, "GetStatus").and_then(|reply| self.take(record, reply)) {
+            Ok(after) => (after, true),
+            Err(error) => {
+                let after = self.trouble(record, &error);
+                if is_unknown(&error) && after.as_deref().and_then(decide).is_some() {
+                    self.dispatch.nudge(&record.workload.id);
+                }
+                (after, is_unknown(&error))
             }
-            after
-        })
+        }
     }
 
     fn ask(&self, record: &Record, request: &Request, ms: u64, phase: &'static str) -> Result<Reply, Error> {

@@ -149,6 +149,21 @@ fn a_silent_agent_leaves_the_last_truth() {
 }
 
 #[test]
+fn an_agent_that_is_not_sure_yet_is_asked_again() {
+    let mut world = World::new();
+    world.post("a");
+    world.stop_agent();
+    // It has lost the workload, and cannot say so before it has looked.
+    world.agent.lock().workloads.clear();
+    for _ in 0..3 {
+        world.agent.fail("GetStatus", refusal(ErrorCode::Unavailable));
+    }
+    world.start_agent();
+    eventually("it is sent again", || world.agent.lock().workloads.contains_key("a"));
+    world.end();
+}
+
+#[test]
 fn a_deletion_outlasts_a_silent_agent() {
     let mut world = World::new();
     world.post("a");
