@@ -21,5 +21,6 @@ mod lab;
 mod lifecycle;
 mod logs;
 mod recovery;
+mod storm;
 mod tidy;
 mod torture;

@@ -4,6 +4,7 @@ use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::time::Duration;
 
+use kakuri::deadline::Deadline;
 use serde_json::Value;
 
 use super::SOON_MS;
@@ -67,6 +68,31 @@ impl Http {
     /// How long a read may wait from now on.
     pub fn patience(&mut self, ms: u64) {
         self.socket.set_read_timeout(Some(Duration::from_millis(ms))).expect("a socket");
+    }
+
+    /// One request on a connection of its own, to a server that may be gone, hang, or die in the middle of its response. An error is
+    /// no answer: nobody knows whether the request was done.
+    pub fn attempt(address: SocketAddr, method: &str, target: &str, body: &str, ms: u64) -> io::Result<Answer> {
+        let deadline = Deadline::within_ms(ms, "attempt");
+        let left = || deadline.left().map_err(|_| io::Error::from(io::ErrorKind::TimedOut));
+        let mut socket = TcpStream::connect_timeout(&address, left()?)?;
+        socket.set_nodelay(true)?;
+        socket.set_write_timeout(Some(left()?))?;
+        let framing =
+            if method == "POST" { format!("Content-Type: application/json\r\nContent-Length: {}\r\n", body.len()) } else { String::new() };
+        socket.write_all(format!("{method} {target} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n{framing}\r\n{body}").as_bytes())?;
+        let (mut buffer, mut chunk) = (Vec::new(), [0; 16 * 1024]);
+        loop {
+            socket.set_read_timeout(Some(left()?))?;
+            match socket.read(&mut chunk)? {
+                0 => break,
+                read => buffer.extend_from_slice(&chunk[..read]),
+            }
+        }
+        if !is_whole(&buffer) {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        Ok(Self { socket, buffer }.answer())
     }
 
     pub fn send(&mut self, bytes: &[u8]) {
@@ -201,4 +227,12 @@ impl Http {
             Err(error) => panic!("nothing from the server: {error}"),
         }
     }
+}
+
+/// Whether these bytes are a response to its end.
+fn is_whole(bytes: &[u8]) -> bool {
+    let Some(end) = bytes.windows(4).position(|four| four == b"\r\n\r\n").map(|at| at + 4) else { return false };
+    let head = String::from_utf8_lossy(&bytes[..end]).to_ascii_lowercase();
+    let length = head.lines().find_map(|line| line.strip_prefix("content-length: ")).and_then(|text| text.trim().parse::<usize>().ok());
+    length.map_or_else(|| bytes.ends_with(b"0\r\n\r\n"), |length| bytes.len() - end >= length)
 }

@@ -117,6 +117,13 @@ impl Line {
         Some(Reply::parse(line.as_bytes()).unwrap_or_else(|error| panic!("{error}: {line}")))
     }
 
+    /// The next reply of an agent that may hang, or die in the middle of a line.
+    pub fn attempt(&mut self) -> Option<Reply> {
+        let mut line = String::new();
+        let read = self.0.read_line(&mut line).ok()?;
+        (read > 0 && line.ends_with('\n')).then(|| Reply::parse(line.as_bytes()).unwrap_or_else(|error| panic!("{error}: {line}")))
+    }
+
     /// The next reply but heartbeats; there must be one.
     pub fn reply(&mut self) -> Reply {
         loop {

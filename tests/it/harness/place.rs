@@ -154,6 +154,12 @@ impl Place {
         slot.borrow_mut().take().expect("it ran").kill();
     }
 
+    /// Sends the simulator a signal by its name.
+    pub fn signal_sim(&self, name: &str) {
+        let Runtime::Sim(slot, _) = &self.runtime else { panic!("not a simulator") };
+        slot.borrow().as_ref().expect("it runs").signal(name);
+    }
+
     /// Waits for a simulator that a fault ends.
     pub fn wait_for_sim_to_end(&self) {
         let Runtime::Sim(slot, _) = &self.runtime else { panic!("not a simulator") };

@@ -1,0 +1,581 @@
+//! Clients: each has workloads of its own, does to them what the dice say, and holds the daemons to every word.
+//!
+//! An answer that did not come leaves a request of unknown fate, which a daemon that was paused may still carry out later. So an id
+//! with such a request is never used for another workload ("loose"); what was acknowledged of it counts all the same.
+
+use std::net::SocketAddr;
+
+use kakuri::net::Address;
+use kakuri::wire::agent::{ErrorCode, LogLine, Reply};
+use kakuri::wire::status::Status;
+use kakuri::workload::State;
+use serde_json::{Value, json};
+
+use super::Storm;
+use super::model::{Meddling, Told, Wish, check_lines};
+use crate::harness::dice::Dice;
+use crate::harness::http::Answer;
+use crate::harness::{Http, Line, brief};
+
+/// Workloads a client has at a time.
+const SLOTS: usize = 4;
+/// Longer than any daemon is paused or gone, and than any answer may take.
+const PATIENT_MS: u64 = 40_000;
+const IMPATIENT_MS: u64 = 250;
+
+/// What a client knows of the existence of its workload.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Presence {
+    /// Nobody accepted it, or it was seen to be gone.
+    Absent,
+    /// It was asked for, and no answer came.
+    Asked,
+    /// It was accepted.
+    Present,
+    /// Its deletion was asked for.
+    Leaving { is_accepted: bool },
+}
+
+/// One id.
+#[derive(Clone, Debug)]
+pub struct Slot {
+    pub id: String,
+    pub wish: Wish,
+    pub presence: Presence,
+    pub told: Told,
+    pub meddling: Meddling,
+    /// A request of it has an unknown fate.
+    is_loose: bool,
+    /// How many acceptances it may have had.
+    pub lives: usize,
+}
+
+/// Who acts.
+pub struct Client<'a> {
+    storm: &'a Storm,
+    name: String,
+    dice: Dice,
+    front: Front,
+    /// Nodes that may be asked for by name.
+    nodes: Vec<String>,
+    slots: Vec<Slot>,
+    /// Ids that are not used any more.
+    pub retired: Vec<Slot>,
+    ids: usize,
+}
+
+enum Front {
+    Http(SocketAddr),
+    Line { address: Address, line: Option<Line>, remembers: bool },
+}
+
+/// What came of a request.
+enum Outcome {
+    Said(State, Box<Status>),
+    /// It is not there.
+    NotThere,
+    Accepted,
+    /// It is there in other words, or may not be there yet again.
+    Conflict(String),
+    /// No, and nothing was done.
+    Refused,
+    Silence,
+}
+
+impl<'a> Client<'a> {
+    /// One that speaks with the control plane.
+    pub fn http(storm: &'a Storm, name: String, dice: Dice, address: SocketAddr, nodes: Vec<String>) -> Self {
+        Self::new(storm, name, dice, Front::Http(address), nodes)
+    }
+
+    /// One that speaks with an agent. `remembers`: the agent keeps what it accepted over its own death.
+    pub fn line(storm: &'a Storm, name: String, dice: Dice, address: Address, remembers: bool) -> Self {
+        Self::new(storm, name, dice, Front::Line { address, line: None, remembers }, Vec::new())
+    }
+
+    fn new(storm: &'a Storm, name: String, dice: Dice, front: Front, nodes: Vec<String>) -> Self {
+        let mut client = Self { storm, name, dice, front, nodes, slots: Vec::new(), retired: Vec::new(), ids: 0 };
+        for _ in 0..SLOTS {
+            let slot = client.new_slot();
+            client.slots.push(slot);
+        }
+        client
+    }
+
+    fn new_slot(&mut self) -> Slot {
+        self.ids += 1;
+        let id = format!("{}-{}", self.name, self.ids);
+        let wish = Wish::any(&mut self.dice, &id, &self.nodes);
+        let meddling = Meddling { is_forgetful: !self.remembers(), ..Meddling::default() };
+        Slot { id, wish, presence: Presence::Absent, told: Told::default(), meddling, is_loose: false, lives: 0 }
+    }
+
+    /// Whether what an agent said stays said over the agent's death. The control plane may have only the agent's word.
+    fn remembers(&self) -> bool {
+        match &self.front {
+            Front::Http(_) => self.storm.agents_remember,
+            Front::Line { remembers, .. } => *remembers,
+        }
+    }
+
+    /// Acts until the storm is over; all ids it ever used.
+    pub fn run(mut self) -> Vec<Slot> {
+        while self.storm.goes_on() {
+            let at = self.dice.below(self.slots.len());
+            let mut slot = self.slots[at].clone();
+            let result = self.act(&mut slot);
+            self.slots[at] = slot;
+            if let Err(rule) = result {
+                self.storm.violated(&format!("{}: {rule}", self.slots[at].id));
+            }
+            if self.slots[at].is_spent() {
+                let fresh = self.new_slot();
+                self.retired.push(std::mem::replace(&mut self.slots[at], fresh));
+            }
+            self.storm.pause(self.dice.below(25));
+        }
+        self.retired.append(&mut self.slots);
+        self.retired
+    }
+
+    fn act(&mut self, slot: &mut Slot) -> Result<(), String> {
+        slot.meddling.is_harmed = self.storm.is_harmed(&slot.id);
+        self.storm.count();
+        let is_over = slot.told.state().is_some_and(State::is_terminal);
+        match (slot.presence, self.dice.below(20)) {
+            (Presence::Absent, 0..=3) => self.get(slot),
+            (Presence::Absent, _) => self.post(slot),
+            (Presence::Asked, 0..=11) => self.post(slot),
+            (Presence::Asked, 12..=16) => self.get(slot),
+            (Presence::Asked, _) => self.delete(slot),
+            (Presence::Present, 0..=7) => self.get(slot),
+            (Presence::Present, 8..=9) => self.post(slot),
+            (Presence::Present, 10) => self.post_other(slot),
+            (Presence::Present, 11..=12) => self.list(),
+            (Presence::Present, 13..=14) => self.logs(slot),
+            (Presence::Present, 15) => self.exec(slot),
+            (Presence::Present, 16) => self.stop(slot),
+            (Presence::Present, 17) => self.delete(slot),
+            (Presence::Present, _) if is_over => self.delete(slot),
+            (Presence::Present, _) => self.wait(slot),
+            (Presence::Leaving { .. }, 0..=9) => self.get(slot),
+            (Presence::Leaving { .. }, 10..=14) => self.delete(slot),
+            (Presence::Leaving { .. }, 15..=17) => self.post(slot),
+            (Presence::Leaving { .. }, _) => self.list(),
+        }
+    }
+
+    fn patience(&mut self) -> u64 {
+        if self.dice.below(8) == 0 { IMPATIENT_MS } else { PATIENT_MS }
+    }
+
+    fn post(&mut self, slot: &mut Slot) -> Result<(), String> {
+        if slot.presence == Presence::Absent && slot.lives > 0 {
+            slot.wish = Wish::any(&mut self.dice, &slot.id, &self.nodes);
+        }
+        if matches!(slot.presence, Presence::Absent | Presence::Leaving { .. }) {
+            slot.lives += 1;
+        }
+        let wait_ms = [0, 0, 50, 2000][self.dice.below(4)];
+        let (outcome, is_new) = self.send_start(slot, &slot.wish.spec.clone(), wait_ms);
+        match (outcome, slot.presence) {
+            (Outcome::Said(state, status), was) => {
+                match (was, is_new) {
+                    (Presence::Present, Some(true)) => return Err("lost: an accepted workload was accepted again".into()),
+                    (Presence::Absent, Some(false)) if !slot.is_loose => return Err("nobody asked for it, and it is there".into()),
+                    (Presence::Leaving { is_accepted: true }, Some(false)) if !slot.is_loose => {
+                        return Err("its deletion was accepted, and it is there as if not".into());
+                    }
+                    (Presence::Leaving { .. }, Some(false)) => return slot.note(state, *status),
+                    (Presence::Leaving { .. }, _) => {
+                        (slot.told, slot.meddling.is_stopped) = (Told::default(), slot.is_loose);
+                    }
+                    (Presence::Absent, _) => (slot.told, slot.meddling.is_stopped) = (Told::default(), false),
+                    (Presence::Asked | Presence::Present, _) => {}
+                }
+                slot.presence = Presence::Present;
+                slot.note(state, *status)
+            }
+            (Outcome::Conflict(code), Presence::Leaving { .. }) if code == "workload_deleting" || code == "Unavailable" => Ok(()),
+            (Outcome::Conflict(code), _) => Err(format!("POST of what is there in the same words: {code}")),
+            (Outcome::Silence, was) => {
+                slot.is_loose = true;
+                if was == Presence::Absent {
+                    (slot.presence, slot.told, slot.meddling.is_stopped) = (Presence::Asked, Told::default(), false);
+                }
+                Ok(())
+            }
+            (Outcome::Refused, _) => Ok(()),
+            (Outcome::NotThere | Outcome::Accepted, _) => Err("no answer to a POST".into()),
+        }
+    }
+
+    fn post_other(&mut self, slot: &mut Slot) -> Result<(), String> {
+        match self.send_start(slot, &slot.wish.other(), 0).0 {
+            Outcome::Said(state, _) => Err(format!("another workload of its id was accepted: {state}")),
+            Outcome::Conflict(code) if code == "workload_exists" || code == "AlreadyExists" => Ok(()),
+            Outcome::Conflict(code) => Err(format!("POST of another workload of its id: {code}")),
+            Outcome::Silence => {
+                // It will be refused as well, unless it comes behind a delete.
+                slot.is_loose = true;
+                Ok(())
+            }
+            Outcome::Refused => Ok(()),
+            Outcome::NotThere | Outcome::Accepted => Err("no answer to a POST".into()),
+        }
+    }
+
+    fn get(&mut self, slot: &mut Slot) -> Result<(), String> {
+        self.get_until(slot, "")
+    }
+
+    fn wait(&mut self, slot: &mut Slot) -> Result<(), String> {
+        let until = ["running", "terminal"][self.dice.below(2)];
+        let ms = self.dice.below(1500);
+        self.get_until(slot, &format!("?for={until}&wait_ms={ms}"))
+    }
+
+    fn get_until(&mut self, slot: &mut Slot, query: &str) -> Result<(), String> {
+        let outcome = match &self.front {
+            Front::Http(_) => self.http_outcome("GET", &format!("/workloads/{}{query}", slot.id), ""),
+            Front::Line { .. } => self.line_outcome(&json!({"type": "GetStatus", "id": slot.id})),
+        };
+        match (outcome, slot.presence) {
+            (Outcome::Said(..), Presence::Absent) => Err("it is gone, or never was, and is there".into()),
+            // It may still be refused by its node.
+            (Outcome::Said(..), Presence::Asked) => Ok(()),
+            (Outcome::Said(state, status), Presence::Present | Presence::Leaving { .. }) => slot.note(state, *status),
+            (Outcome::NotThere, presence) => self.not_there(slot, presence, "GET"),
+            (Outcome::Accepted | Outcome::Conflict(_), _) => Err("no answer to a GET".into()),
+            (Outcome::Refused | Outcome::Silence, _) => Ok(()),
+        }
+    }
+
+    fn not_there(&self, slot: &mut Slot, presence: Presence, what: &str) -> Result<(), String> {
+        match presence {
+            Presence::Present if slot.may_be_forgotten(self.remembers()) => {
+                slot.presence = Presence::Absent;
+                slot.is_loose = true;
+                Ok(())
+            }
+            Presence::Present => Err(format!("lost: {what} of an accepted workload says that it is not there")),
+            Presence::Leaving { .. } => {
+                slot.presence = Presence::Absent;
+                slot.told = Told::default();
+                Ok(())
+            }
+            Presence::Absent | Presence::Asked => Ok(()),
+        }
+    }
+
+    fn stop(&mut self, slot: &mut Slot) -> Result<(), String> {
+        slot.meddling.is_stopped = true;
+        let outcome = match &self.front {
+            Front::Http(_) => self.http_outcome("POST", &format!("/workloads/{}/stop", slot.id), ""),
+            Front::Line { .. } => self.line_outcome(&json!({"type": "StopWorkload", "id": slot.id})),
+        };
+        match outcome {
+            Outcome::Said(state, status) => slot.note(state, *status),
+            Outcome::NotThere => self.not_there(slot, slot.presence, "stop"),
+            Outcome::Silence => {
+                slot.is_loose = true;
+                Ok(())
+            }
+            Outcome::Accepted | Outcome::Refused => Ok(()),
+            Outcome::Conflict(code) => Err(format!("stop: {code}")),
+        }
+    }
+
+    fn delete(&mut self, slot: &mut Slot) -> Result<(), String> {
+        slot.meddling.is_stopped = true;
+        let outcome = match &self.front {
+            Front::Http(_) => self.http_outcome("DELETE", &format!("/workloads/{}", slot.id), ""),
+            Front::Line { .. } => {
+                let wait_ms = self.dice.below(300);
+                self.line_outcome(&json!({"type": "DeleteWorkload", "id": slot.id, "wait_ms": wait_ms}))
+            }
+        };
+        match outcome {
+            Outcome::Said(state, status) if matches!(self.front, Front::Http(_)) => {
+                slot.presence = Presence::Leaving { is_accepted: true };
+                slot.note(state, *status)
+            }
+            // Deleted: it is gone already.
+            Outcome::Accepted => {
+                (slot.presence, slot.told) = (Presence::Absent, Told::default());
+                Ok(())
+            }
+            Outcome::NotThere => self.not_there(slot, slot.presence, "DELETE"),
+            Outcome::Silence => {
+                slot.is_loose = true;
+                if !matches!(slot.presence, Presence::Leaving { .. }) {
+                    slot.presence = Presence::Leaving { is_accepted: false };
+                }
+                Ok(())
+            }
+            // The agent says "not gone yet": it will be.
+            Outcome::Refused if matches!(self.front, Front::Line { .. }) => {
+                // An agent that dies now may not remember.
+                slot.is_loose |= !self.remembers();
+                slot.presence = Presence::Leaving { is_accepted: self.remembers() };
+                Ok(())
+            }
+            Outcome::Refused => Ok(()),
+            Outcome::Said(..) | Outcome::Conflict(_) => Err("no answer to a DELETE".into()),
+        }
+    }
+
+    /// The list has all that is mine, and nothing that is gone.
+    fn list(&mut self) -> Result<(), String> {
+        let Some(items) = self.items() else { return Ok(()) };
+        let remembers = self.remembers();
+        for slot in &mut self.slots {
+            slot.meddling.is_harmed = self.storm.is_harmed(&slot.id);
+            let item = items.iter().find(|item| item["id"] == slot.id.as_str());
+            match (slot.presence, item) {
+                (Presence::Present, None) if !slot.may_be_forgotten(remembers) => {
+                    return Err(format!("lost: accepted {} is not in the list", slot.id));
+                }
+                (Presence::Absent, Some(item)) if !slot.is_loose => return Err(format!("gone, and in the list: {item}")),
+                (Presence::Present, Some(item)) => {
+                    let (state, status) = read(item)?;
+                    slot.note(state, status).map_err(|rule| format!("{}: {rule}", slot.id))?;
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn items(&mut self) -> Option<Vec<Value>> {
+        let mut all = Vec::new();
+        let mut after = String::new();
+        loop {
+            let page = match &self.front {
+                Front::Http(address) => {
+                    let answer = Http::attempt(*address, "GET", &format!("/workloads?limit=100{after}"), "", PATIENT_MS).ok()?;
+                    self.storm.write(&format!("{} list {}", self.name, answer.status));
+                    if answer.status != 200 {
+                        return None;
+                    }
+                    answer.json()
+                }
+                Front::Line { .. } => match self.ask(&json!({"type": "ListWorkloads"}))? {
+                    Reply::Workloads { workloads, .. } => json!({"items": workloads, "continue": null}),
+                    _ => return None,
+                },
+            };
+            all.extend(page["items"].as_array().cloned().unwrap_or_default());
+            match page["continue"].as_str() {
+                Some(token) => after = format!("&continue={token}"),
+                None => return Some(all),
+            }
+        }
+    }
+
+    fn logs(&mut self, slot: &mut Slot) -> Result<(), String> {
+        let is_complete = slot.told.state() == Some(State::Succeeded);
+        let lines: Option<Vec<String>> = match &self.front {
+            Front::Http(address) => {
+                let answer = Http::attempt(*address, "GET", &format!("/workloads/{}/logs", slot.id), "", PATIENT_MS).ok();
+                answer.filter(|a| a.status == 200).map(|a| a.text().lines().map(str::to_owned).collect())
+            }
+            Front::Line { .. } => self.log_lines(&slot.id).map(|lines| lines.into_iter().map(|l| l.line).collect()),
+        };
+        let Some(lines) = lines else { return Ok(()) };
+        self.storm.write(&format!("{} logs {} lines", slot.id, lines.len()));
+        let count = check_lines(lines.iter().map(String::as_str)).map_err(|rule| format!("logs: {rule}: {lines:?}"))?;
+        if is_complete && count < super::model::LINES && !slot.meddling.is_harmed {
+            return Err(format!("logs: it succeeded, and {count} lines are all there is: {lines:?}"));
+        }
+        Ok(())
+    }
+
+    fn log_lines(&mut self, id: &str) -> Option<Vec<LogLine>> {
+        let mut reply = self.ask(&json!({"type": "GetLogs", "id": id}))?;
+        let mut lines = Vec::new();
+        loop {
+            match reply {
+                Reply::Log(line) => lines.push(line),
+                Reply::LogEnd { .. } => return Some(lines),
+                Reply::Heartbeat { .. } => {}
+                _ => return None,
+            }
+            let Front::Line { line, .. } = &mut self.front else { return None };
+            let Some(next) = line.as_mut().and_then(Line::attempt) else {
+                *line = None;
+                return None;
+            };
+            reply = next;
+        }
+    }
+
+    fn exec(&mut self, slot: &mut Slot) -> Result<(), String> {
+        let body = json!({"command": ["echo", "hello"], "timeout_ms": 2000});
+        match &self.front {
+            Front::Http(address) => {
+                let target = format!("/workloads/{}/exec", slot.id);
+                let Ok(answer) = Http::attempt(*address, "POST", &target, &body.to_string(), PATIENT_MS) else { return Ok(()) };
+                match answer.status {
+                    200 if answer.json()["exit_code"] == 0 && answer.json()["stdout"] != "hello\n" => Err(answer.text().to_owned()),
+                    404 if answer.problem().1 == "not_found" => self.not_there(slot, slot.presence, "exec"),
+                    200 | 404 | 409 | 422 | 500..=504 => Ok(()),
+                    _ => Err(format!("exec: {} {}", answer.status, answer.text())),
+                }
+            }
+            Front::Line { .. } => {
+                let _ = self.ask(&json!({"type": "Exec", "id": slot.id, "command": ["true"], "timeout_ms": 2000})); // Only that it is asked.
+                Ok(())
+            }
+        }
+    }
+
+    /// Asks for a workload; and whether it was new, where the answer says.
+    fn send_start(&mut self, slot: &Slot, spec: &Value, wait_ms: u64) -> (Outcome, Option<bool>) {
+        let target = format!("/workloads?wait_ms={wait_ms}");
+        match &self.front {
+            Front::Http(address) => {
+                let (address, ms) = (*address, self.patience());
+                let answer = Http::attempt(address, "POST", &target, &spec.to_string(), ms);
+                self.log("POST", &slot.id, answer.as_ref());
+                let Ok(answer) = answer else { return (Outcome::Silence, None) };
+                let is_new = (answer.status == 201).then_some(true).or((answer.status == 200).then_some(false));
+                (self.judge("POST", &target, &answer), is_new)
+            }
+            Front::Line { .. } => (self.line_outcome(&json!({"type": "StartWorkload", "workload": spec, "wait_ms": wait_ms})), None),
+        }
+    }
+
+    fn http_outcome(&mut self, method: &str, target: &str, body: &str) -> Outcome {
+        let Front::Http(address) = self.front else { return Outcome::Silence };
+        let ms = self.patience();
+        let answer = Http::attempt(address, method, target, body, ms);
+        self.log(method, target, answer.as_ref());
+        answer.map_or(Outcome::Silence, |answer| self.judge(method, target, &answer))
+    }
+
+    fn log(&self, method: &str, what: &str, answer: Result<&Answer, &std::io::Error>) {
+        let said = answer.map_or_else(
+            |error| format!("- {error}"),
+            |answer| format!("{} {}", answer.status, if answer.status < 400 { summary(&answer.json()) } else { answer.text().to_owned() }),
+        );
+        self.storm.write(&format!("{method} {what}: {said}"));
+    }
+
+    fn judge(&self, method: &str, target: &str, answer: &Answer) -> Outcome {
+        match answer.status {
+            200..=202 => match read(&answer.json()) {
+                Ok((state, status)) => Outcome::Said(state, Box::new(status)),
+                Err(error) => {
+                    self.storm.violated(&format!("{method} {target}: {error}"));
+                    Outcome::Silence
+                }
+            },
+            404 if answer.problem().1 == "not_found" => Outcome::NotThere,
+            409 => Outcome::Conflict(answer.problem().1),
+            429 | 503 | 504 | 507 => Outcome::Refused,
+            _ => {
+                self.storm.violated(&format!("{method} {target}: {} {}", answer.status, answer.text()));
+                Outcome::Silence
+            }
+        }
+    }
+
+    /// One request to the agent; `None` when it was not there to answer.
+    fn ask(&mut self, request: &Value) -> Option<Reply> {
+        let Front::Line { address, line, .. } = &mut self.front else { return None };
+        if line.is_none() {
+            // An agent that is being started again refuses connections for a moment.
+            *line = Line::try_connect(address).ok();
+        }
+        let reply = line.as_mut().and_then(|line| line.try_send(format!("{request}\n").as_bytes()).ok().and_then(|()| line.attempt()));
+        if reply.is_none() {
+            *line = None;
+        }
+        reply
+    }
+
+    fn line_outcome(&mut self, request: &Value) -> Outcome {
+        let reply = self.ask(request);
+        let id = request["id"].as_str().or(request["workload"]["id"].as_str()).unwrap_or_default().to_owned();
+        let kind = request["type"].as_str().unwrap_or_default();
+        self.storm.write(&format!("{kind} {id}: {}", reply.as_ref().map_or("-".into(), said)));
+        match reply {
+            None => Outcome::Silence,
+            Some(Reply::Status { state, status, .. }) => Outcome::Said(state, status),
+            Some(Reply::Deleted { .. }) => Outcome::Accepted,
+            Some(Reply::Error(error)) => match error.code {
+                ErrorCode::NotFound => Outcome::NotThere,
+                ErrorCode::AlreadyExists => Outcome::Conflict("AlreadyExists".into()),
+                ErrorCode::Unavailable if error.message.contains("still being deleted") => Outcome::Conflict("Unavailable".into()),
+                ErrorCode::DeadlineExceeded | ErrorCode::ResourceExhausted | ErrorCode::Unavailable => Outcome::Refused,
+                code => {
+                    self.storm.violated(&format!("{request}: {code:?} {}", error.message));
+                    Outcome::Refused
+                }
+            },
+            Some(other) => {
+                self.storm.violated(&format!("{request}: {}", brief(&other)));
+                Outcome::Refused
+            }
+        }
+    }
+}
+
+impl Slot {
+    fn note(&mut self, state: State, status: Status) -> Result<(), String> {
+        self.told.note(self.wish.fate, self.meddling, state, status)
+    }
+
+    pub fn is_loose(&self) -> bool {
+        self.is_loose
+    }
+
+    /// It is gone, and its id cannot be used again.
+    fn is_spent(&self) -> bool {
+        self.presence == Presence::Absent && self.is_loose
+    }
+
+    /// Whether this may be unknown again after it was accepted: an agent without a journal knows only what its runtime has.
+    fn may_be_forgotten(&self, remembers: bool) -> bool {
+        let has_container = self.told.state().is_some_and(|state| state != State::Pending) && self.told.has_container();
+        !remembers && (!has_container || self.meddling.is_harmed)
+    }
+}
+
+impl Told {
+    fn has_container(&self) -> bool {
+        self.container().is_some()
+    }
+}
+
+/// State and status of a workload in an answer.
+fn read(object: &Value) -> Result<(State, Status), String> {
+    let state = object["state"].as_str().and_then(State::parse).ok_or_else(|| format!("no state in {object}"))?;
+    let status = serde_json::from_value(object["status"].clone()).map_err(|error| format!("{error}: {object}"))?;
+    Ok((state, status))
+}
+
+/// A reply, for the history.
+fn said(reply: &Reply) -> String {
+    match reply {
+        Reply::Status { state, status, .. } => summary(&json!({"state": state.as_str(), "status": status})),
+        other => brief(other),
+    }
+}
+
+/// A workload in an answer, for the history.
+fn summary(object: &Value) -> String {
+    let status = &object["status"];
+    format!(
+        "{} {} {} exit {} node {} attempt {} container {} last_error {}",
+        object["state"],
+        status["phase"],
+        status["reason"],
+        status["exit_code"],
+        status["node"],
+        status["attempt"],
+        status["container_id"].as_str().map_or("-", |id| id.get(..8).unwrap_or(id)),
+        status["last_error"],
+    )
+}

@@ -1,0 +1,253 @@
+//! What may be said of a workload, given what was said of it before. Pure.
+//!
+//! Invariant: whoever breaks a rule here was told so by a daemon: nothing is inferred from an answer that did not come.
+
+use kakuri::wire::status::Status;
+use kakuri::workload::{Reason, State};
+use serde_json::{Value, json};
+
+use crate::harness::dice::Dice;
+use crate::harness::place::IMAGE;
+
+/// What a workload does when nobody meddles.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// Prints a few lines and ends with this code.
+    Exits(i32),
+    /// Runs until somebody ends it.
+    Forever,
+    /// Its image is not there.
+    NoImage,
+    /// Takes too much memory.
+    Oom,
+    /// Runs until its time to live is over.
+    Ttl,
+}
+
+/// Lines a workload prints before it ends.
+pub const LINES: usize = 4;
+
+/// A workload to ask for, and what should become of it.
+#[derive(Clone, Debug)]
+pub struct Wish {
+    pub spec: Value,
+    pub fate: Fate,
+}
+
+impl Wish {
+    /// Any, for this id, on one of these nodes.
+    pub fn any(dice: &mut Dice, id: &str, nodes: &[String]) -> Self {
+        let lines = |pause: &str| (0..LINES).map(|n| format!("echo line {n}; sleep {pause}; ")).collect::<String>();
+        let (fate, command) = match dice.below(12) {
+            0..=3 => (Fate::Forever, format!("{}sleep 100000", lines("0.05"))),
+            4 => (Fate::Forever, format!("{}sleep 100000; trap", lines("0.01"))),
+            5 => (Fate::Exits(0), lines("0.1")),
+            6 => (Fate::Exits(0), lines("0.4")),
+            7 => (Fate::Exits(7), format!("{}exit 7", lines("0.1"))),
+            8 => (Fate::Exits(0), lines("0.001")),
+            9 => (Fate::Oom, format!("{}oom", lines("0.1"))),
+            10 => (Fate::NoImage, "true".to_owned()),
+            _ => (Fate::Ttl, format!("{}sleep 100000", lines("0.01"))),
+        };
+        let image = match (fate, dice.below(6)) {
+            (Fate::NoImage, _) => format!("localhost/not-found-{id}:1"),
+            (_, 0) => format!("localhost/slow-{}-{id}:1", 50 + dice.below(600)),
+            (_, 1) => format!("localhost/image-{id}:1"),
+            _ => IMAGE.to_owned(),
+        };
+        let class = ["native", "native", "gvisor"][dice.below(3)];
+        let (grace_ms, deadline_ms) = ([0, 100, 1500][dice.below(3)], [3000, 30_000, 120_000][dice.below(3)]);
+        let mut spec = json!({
+            "id": id, "image": image, "runtime_class": class, "memory_mb": 64, "command": ["sh", "-c", command],
+            "stop_grace_ms": grace_ms, "start_deadline_ms": deadline_ms, "labels": {"from": "storm"},
+        });
+        if fate == Fate::Ttl {
+            spec["ttl_ms"] = json!(200 + dice.below(2000));
+        }
+        if let Some(node) = nodes.get(dice.below(nodes.len() + 1)) {
+            spec["node_selector"] = json!({"name": node});
+        }
+        if dice.below(4) == 0 {
+            spec["env"] = json!({"SECRET": "hush-hush"});
+        }
+        Self { spec, fate }
+    }
+
+    /// The same id, asked for in other words.
+    pub fn other(&self) -> Value {
+        let mut other = self.spec.clone();
+        other["labels"] = json!({"from": "somebody-else"});
+        other
+    }
+}
+
+/// What may have been done to a workload beside starting it.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Meddling {
+    /// A stop or a delete was asked for; whether it was heard is another matter.
+    pub is_stopped: bool,
+    /// Its sandbox was removed behind the back of its agent.
+    pub is_harmed: bool,
+    /// Whoever speaks may have forgotten how it ended, and have only the runtime's word for it.
+    pub is_forgetful: bool,
+}
+
+/// What was said of one acceptance of a workload, so far.
+#[derive(Clone, Debug, Default)]
+pub struct Told {
+    last: Option<(State, Status)>,
+    has_run: bool,
+}
+
+impl Told {
+    /// The container that was told last.
+    pub fn container(&self) -> Option<&str> {
+        self.last.as_ref().and_then(|(_, status)| status.container_id.as_deref())
+    }
+
+    /// The last state that was told.
+    pub fn state(&self) -> Option<State> {
+        self.last.as_ref().map(|(state, _)| *state)
+    }
+
+    /// Notes what is said now.
+    ///
+    /// # Errors
+    /// The rule that it breaks.
+    pub fn note(&mut self, fate: Fate, meddling: Meddling, state: State, status: Status) -> Result<(), String> {
+        let said = format!("{state} {status:?}");
+        let broken = |rule: &str| Err(format!("{rule}: is {said}, was {:?}", self.last));
+        let exit = status.exit_code;
+        if !state.is_terminal() && exit.is_some() {
+            return broken("an exit code of what has not ended");
+        }
+        if state == State::Succeeded && exit != Some(0) {
+            return broken("success with another exit code than 0");
+        }
+        if state.is_terminal() == status.reason.is_none() && state != State::Pending {
+            return broken("a reason that is missing, or too many");
+        }
+        if status.oom_killed != (status.reason == Some(Reason::OomKilled)) {
+            return broken("oom_killed and the reason disagree");
+        }
+        if let Some((was, before)) = &self.last {
+            if was != &state && (*was > state || was.is_terminal()) {
+                return broken("an illegal transition");
+            }
+            if before.exit_code.is_some() && before.exit_code != exit {
+                return broken("an exit code that changed");
+            }
+            let ending = |s: &Status| (s.reason, s.exit_code, s.oom_killed, s.finished_at, s.container_id.clone());
+            if was.is_terminal() && ending(before) != ending(&status) && !meddling.is_forgetful {
+                return broken("an ending that changed");
+            }
+            let has_moved = before.container_id.is_some() && before.container_id != status.container_id;
+            if self.has_run && has_moved {
+                return broken("another container than before");
+            }
+        }
+        if state.is_terminal() {
+            if let Err(rule) = judge(fate, meddling, self.has_run, &status) {
+                return broken(rule);
+            }
+        }
+        self.has_run |= state == State::Running || status.started_at.is_some();
+        self.last = Some((state, status));
+        Ok(())
+    }
+}
+
+/// Whether a workload may have ended so.
+fn judge(fate: Fate, meddling: Meddling, has_run: bool, status: &Status) -> Result<(), &'static str> {
+    let exit = status.exit_code;
+    let is_fate = |reason: Reason| match fate {
+        Fate::Exits(0) => (reason, exit) == (Reason::Completed, Some(0)),
+        Fate::Exits(code) => (reason, exit) == (Reason::Error, Some(code)),
+        Fate::Oom => (reason, exit) == (Reason::OomKilled, Some(137)),
+        Fate::Ttl => reason == Reason::TtlExpired,
+        Fate::Forever | Fate::NoImage => false,
+    };
+    let is_killed = || matches!(exit, None | Some(137 | 143));
+    match status.reason {
+        Some(reason) if is_fate(reason) => Ok(()),
+        Some(Reason::ImageNotFound) if fate == Fate::NoImage && !has_run => Ok(()),
+        // The weather: a runtime that fails in the middle of a start.
+        Some(
+            Reason::CreateFailed
+            | Reason::ImagePullFailed
+            | Reason::RuntimeUnavailable
+            | Reason::StartDeadlineExceeded
+            | Reason::StartFailed
+            | Reason::HandlerUnavailable,
+        ) if !has_run => Ok(()),
+        // A workload that is asked to stop may end by itself just before.
+        Some(Reason::Stopped) if meddling.is_stopped => Ok(()),
+        Some(Reason::SandboxDied | Reason::Error) if meddling.is_harmed && is_killed() => Ok(()),
+        Some(Reason::Error) if meddling.is_forgetful && (meddling.is_stopped || fate == Fate::Ttl) && is_killed() => Ok(()),
+        _ => Err("an end that nobody brought about"),
+    }
+}
+
+/// Checks the output of a workload: its lines in order, without gaps. A simulator that is killed in the moment of a line may print
+/// it again.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn check_lines<'a>(lines: impl Iterator<Item = &'a str>) -> Result<usize, String> {
+    let mut next = 0;
+    for line in lines {
+        let number = line.strip_prefix("line ").and_then(|n| n.parse::<usize>().ok());
+        match number {
+            Some(n) if n == next => next += 1,
+            Some(n) if n + 1 == next => {}
+            _ => return Err(format!("line {next} should be next, not {line:?}")),
+        }
+    }
+    Ok(next)
+}
+
+mod tests {
+    use kakuri::deadline::Timestamp;
+
+    use super::*;
+
+    fn status(reason: Option<Reason>, exit_code: Option<i32>) -> Status {
+        Status { reason, exit_code, oom_killed: reason == Some(Reason::OomKilled), ..Status::accepted(None) }
+    }
+
+    #[test]
+    fn the_model_finds_what_it_is_there_to_find() {
+        use State::{Failed, Pending, Running, Succeeded};
+        let none = Meddling::default();
+        let stopped = Meddling { is_stopped: true, ..none };
+        let check = |fate, meddling, story: &[(State, Status)], expect: Option<&str>| {
+            let mut told = Told::default();
+            let result = story.iter().cloned().try_for_each(|(state, status)| told.note(fate, meddling, state, status));
+            match expect {
+                None => assert_eq!(result, Ok(()), "{story:?}"),
+                Some(rule) => assert!(result.as_ref().is_err_and(|e| e.starts_with(rule)), "{rule}: {result:?}"),
+            }
+        };
+        let plain = || status(None, None);
+        let done = status(Some(Reason::Completed), Some(0));
+        check(Fate::Exits(0), none, &[(Pending, plain()), (Running, plain()), (Succeeded, done.clone()), (Succeeded, done.clone())], None);
+        check(Fate::Exits(0), none, &[(Running, plain()), (Pending, plain())], Some("an illegal transition"));
+        check(Fate::Exits(0), none, &[(Succeeded, done.clone()), (Failed, status(Some(Reason::Error), Some(1)))], Some("an illegal"));
+        let later = Status { finished_at: Some(Timestamp::now()), ..done.clone() };
+        check(Fate::Exits(0), none, &[(Succeeded, done.clone()), (Succeeded, later)], Some("an ending that changed"));
+        check(Fate::Forever, none, &[(Running, plain()), (Succeeded, done)], Some("an end that nobody brought about"));
+        let killed = status(Some(Reason::Stopped), Some(137));
+        check(Fate::Forever, none, &[(Running, plain()), (Failed, killed.clone())], Some("an end that nobody"));
+        check(Fate::Forever, stopped, &[(Running, plain()), (Failed, killed)], None);
+        let unavailable = status(Some(Reason::RuntimeUnavailable), None);
+        check(Fate::Forever, none, &[(Pending, plain()), (Failed, unavailable.clone())], None);
+        check(Fate::Forever, none, &[(Running, plain()), (Failed, unavailable)], Some("an end that nobody"));
+        check(Fate::Forever, none, &[(Running, status(None, Some(0)))], Some("an exit code of what has not ended"));
+        let moved = Status { container_id: Some("b".into()), ..plain() };
+        let first = Status { container_id: Some("a".into()), ..plain() };
+        check(Fate::Forever, none, &[(Running, first), (Running, moved)], Some("another container"));
+        assert_eq!(check_lines(["line 0", "line 1", "line 1", "line 2"].into_iter()), Ok(3));
+        assert!(check_lines(["line 0", "line 2"].into_iter()).is_err());
+        assert!(check_lines(["line 0", "line 1", "line 0"].into_iter()).is_err());
+    }
+}
