@@ -14,7 +14,7 @@
 //! workload that never ran and never will, which is Failed.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use crossbeam_channel::{Receiver, Sender, bounded, select};
 
@@ -260,6 +260,8 @@ pub(super) struct Dispatch {
     waiting: Receiver<WorkloadId>,
     /// Claimed workloads, and whether somebody was turned away meanwhile.
     claims: Mutex<HashMap<WorkloadId, bool>>,
+    /// A claim was given back.
+    released: Condvar,
     lanes: Mutex<BTreeMap<Name, Lane>>,
     attempts: Mutex<HashMap<WorkloadId, Attempts>>,
 }
@@ -294,6 +296,7 @@ pub(super) struct Claim<'a> {
 impl Drop for Claim<'_> {
     fn drop(&mut self) {
         let is_wanted = lock(&self.dispatch.claims).remove(&self.id) == Some(true);
+        self.dispatch.released.notify_all();
         if is_wanted {
             self.dispatch.nudge(&self.id);
         }
@@ -303,7 +306,8 @@ impl Drop for Claim<'_> {
 impl Default for Dispatch {
     fn default() -> Self {
         let (queue, waiting) = bounded(limits::DISPATCH_QUEUE_MAX);
-        Self { queue, waiting, claims: Mutex::default(), lanes: Mutex::default(), attempts: Mutex::default() }
+        let (claims, lanes, attempts) = (Mutex::default(), Mutex::default(), Mutex::default());
+        Self { queue, waiting, claims, released: Condvar::new(), lanes, attempts }
     }
 }
 
@@ -323,6 +327,15 @@ impl Dispatch {
         }
         claims.insert(id.clone(), false);
         Some(Claim { dispatch: self, id: id.clone() })
+    }
+
+    /// Waits until nobody claims a workload, or the time is over.
+    pub(super) fn wait_released(&self, id: &WorkloadId, deadline: Deadline) {
+        let mut claims = lock(&self.claims);
+        while claims.contains_key(id) {
+            let Ok(left) = deadline.left() else { return };
+            claims = self.released.wait_timeout(claims, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
     }
 
     /// Takes a place at a node; where there is none, the workload waits for one of those who have.

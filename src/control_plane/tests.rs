@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::deadline::Stopwatch;
-use crate::wire::agent::ErrorCode;
+use crate::wire::agent::{ErrorCode, Reply};
 use crate::workload::State;
 use world::{Fault, World, eventually, refusal, soon, workload};
 
@@ -79,6 +79,22 @@ fn what_an_agent_refuses_was_never_accepted() {
     check(ErrorCode::DeadlineExceeded, 504, "node_timeout");
     check(ErrorCode::Internal, 500, "node_internal");
     world.post("a");
+    world.end();
+}
+
+#[test]
+fn what_another_request_was_refused_is_not_confirmed() {
+    let world = World::new();
+    let refusal = Reply::error(ErrorCode::Unavailable, "because", None);
+    world.agent.fail("StartWorkload", Fault::SayLate(refusal, Duration::from_millis(300)));
+    thread::scope(|scope| {
+        let first = scope.spawn(|| world.status("POST", "/workloads", &workload("a").to_string()));
+        eventually("the agent was asked", || world.agent.asked("StartWorkload a") == 1);
+        // Whoever lost patience asks again, while the agent makes up its mind.
+        assert_eq!(world.status("POST", "/workloads", &workload("a").to_string()), 201);
+        assert_eq!(first.join().expect("no panic"), 503);
+    });
+    assert_eq!(world.status("GET", "/workloads/a", ""), 200, "what was accepted is there");
     world.end();
 }
 

@@ -11,6 +11,7 @@ use super::super::store::{Desired, Insertion, Record};
 use super::super::{monitor, profiles};
 use super::selector::Selector;
 use super::{Answer, Api, CLASS_REQUIRED, Call, Refusal, body};
+use crate::deadline::Deadline;
 use crate::http::{Request, Response, Status};
 use crate::limits;
 use crate::report::random_id;
@@ -25,7 +26,7 @@ impl Api {
     pub(super) fn create(&self, call: &Call<'_>) -> Answer {
         let wait = wait_ms(call.request)?.map(|ms| (Until::Started, ms));
         let draft = read_draft(call.request)?;
-        if let Some(existing) = draft.id.as_ref().and_then(|id| self.plane.store.get(id)) {
+        if let Some(existing) = draft.id.as_ref().and_then(|id| self.plane.store.get(id)).and_then(|record| self.settled(record)) {
             return self.again(&existing, existing.is_for(&draft), wait);
         }
         let choice = profiles::choose(&draft)?;
@@ -37,6 +38,8 @@ impl Api {
         let mut record = match self.plane.store.insert(record)? {
             Insertion::Existing(existing) => {
                 drop(claim);
+                let refused = || Refusal::new(Status::Unavailable, "node_unavailable", "its node refused it a moment ago; try again");
+                let existing = self.settled(existing).ok_or_else(refused)?;
                 return self.again(&existing, existing.workload == workload, wait);
             }
             Insertion::Inserted(record) => record,
@@ -62,6 +65,16 @@ impl Api {
             record = self.plane.refresh(&record, wait).unwrap_or(record);
         }
         Ok(object(Status::Created, &record).with_header("Location", format!("/workloads/{id}")))
+    }
+
+    /// The record, once it is certain that it stays: one whose agent was not heard yet may be refused, and then was never there.
+    fn settled(&self, record: Arc<Record>) -> Option<Arc<Record>> {
+        if record.is_known || record.state.is_terminal() || record.desired != Desired::Run {
+            return Some(record);
+        }
+        let id = &record.workload.id;
+        self.plane.dispatch.wait_released(id, Deadline::within_ms(limits::NODE_REQUEST_MS_MAX, "placement"));
+        self.plane.store.get(id)
     }
 
     /// Answers a POST of an id that is taken.

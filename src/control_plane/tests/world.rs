@@ -22,6 +22,8 @@ pub(super) enum Fault {
     Close,
     /// Says this.
     Say(Reply),
+    /// Says it as late.
+    SayLate(Reply, Duration),
 }
 
 #[derive(Default)]
@@ -195,6 +197,10 @@ impl Service for FakeService {
             let replies = match fault {
                 Some(Fault::Close) => return stream.shutdown(Shutdown::Both),
                 Some(Fault::Say(reply)) => vec![reply],
+                Some(Fault::SayLate(reply, late)) => {
+                    thread::sleep(late);
+                    vec![reply]
+                }
                 None if matches!(request, Request::Watch { .. }) => return self.0.watch(&mut stream, stopping),
                 None => self.0.answer(request, stopping),
             };
