@@ -64,7 +64,9 @@ pub(super) fn place(nodes: &[Candidate<'_>], choice: &Choice, spec: &Spec) -> Re
     }
     let offered: BTreeSet<&str> = nodes.iter().filter_map(|c| c.node).flat_map(|n| &n.runtime_classes).map(|c| c.name.as_str()).collect();
     let is_known = choice.classes.iter().any(|class| offered.contains(class.as_str()));
-    if !is_known && !nodes.is_empty() && nodes.iter().all(|candidate| candidate.node.is_some()) {
+    // A node that offers nothing has not heard yet what its runtime has.
+    let has_spoken = |candidate: &Candidate<'_>| candidate.node.is_some_and(|node| !node.runtime_classes.is_empty());
+    if !is_known && !nodes.is_empty() && nodes.iter().all(has_spoken) {
         return Err(Misfit::UnknownClass { offered: offered.into_iter().map(str::to_owned).collect() });
     }
     let reasons = |candidate: &Candidate<'_>| {
@@ -194,6 +196,8 @@ pub(crate) mod tests {
         check(&[c()], &wish(&["kata", "edera-zone"]), busybox, "c: not ready: no answer");
         // As long as one node never said what it offers, no class is unknown.
         check(&[a(), silent()], &wish(&["gvisor"]), busybox, "a: runtime_class: gvisor is not on offer, d: not ready: it never answered");
+        let new = || ("n", Some("just begun"), Some(node("n", &[])));
+        check(&[a(), new()], &wish(&["gvisor"]), busybox, "a: runtime_class: gvisor is not on offer, n: not ready: just begun");
         check(&[], &wish(&["gvisor"]), busybox, "");
         let strict = Choice { own_kernel: true, ..wish(&["native"]) };
         check(&[a()], &strict, busybox, "a: runtime_class: native has no kernel of its own here");
