@@ -285,7 +285,8 @@ impl View {
             }
         }
         let id_of = |object: &Object| object.spec["id"].as_str().unwrap_or_default().to_owned();
-        let known = world.agents.iter().map(|agent| agent.list().into_iter().map(|o| (id_of(&o), o)).collect()).collect();
+        let list = |agent: &Agent<'_>| Some(agent.try_list().ok()?.into_iter().map(|o| (id_of(&o), o)).collect());
+        let known = world.agents.iter().map(list).collect::<Option<_>>()?;
         let of = |labels: &BTreeMap<String, String>, name: &str| labels.get(name).cloned().unwrap_or_default();
         let (mut sandboxes, mut containers) = (Vec::new(), Vec::new());
         for agent in &world.agents {

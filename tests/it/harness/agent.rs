@@ -174,6 +174,11 @@ impl<'a> Agent<'a> {
 
     /// All workloads, page by page.
     pub fn list(&self) -> Vec<Object> {
+        self.try_list().unwrap_or_else(|error| panic!("{}", brief(&error)))
+    }
+
+    /// All workloads, of an agent that may not know them yet.
+    pub fn try_list(&self) -> Result<Vec<Object>, ErrorReply> {
         let mut all = Vec::new();
         let mut after = None;
         loop {
@@ -182,10 +187,10 @@ impl<'a> Agent<'a> {
                     all.extend(workloads);
                     after = r#continue;
                 }
-                other => panic!("{}", brief(&other)),
+                other => return Err(expect_error(other)),
             }
             if after.is_none() {
-                return all;
+                return Ok(all);
             }
         }
     }

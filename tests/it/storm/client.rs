@@ -180,6 +180,9 @@ impl<'a> Client<'a> {
         let (outcome, is_new) = self.send_start(slot, &slot.wish.spec.clone(), wait_ms);
         match (outcome, slot.presence) {
             (Outcome::Said(state, status), was) => {
+                if was == Presence::Present && slot.may_be_forgotten(self.remembers()) {
+                    slot.told = Told::default();
+                }
                 match (was, is_new) {
                     (Presence::Present, Some(true)) => return Err("lost: an accepted workload was accepted again".into()),
                     (Presence::Absent, Some(false)) if !slot.is_loose => return Err("nobody asked for it, and it is there".into()),
