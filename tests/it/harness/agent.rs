@@ -223,10 +223,39 @@ impl<'a> Agent<'a> {
 
     /// Starts it again where it was.
     pub fn again_now(&mut self) {
+        self.stay_where_it_was();
+        self.daemon = Some(Daemon::start(AGENT, &self.name, &self.place.dir.join(""), &self.flags).0);
+    }
+
+    /// Starts it again to die at a failpoint, `NAME@N`; whether it serves before it does.
+    pub fn again_to_die(&mut self, at: &str) -> bool {
+        self.stay_where_it_was();
+        let dir = self.place.dir.join("");
+        let started = Daemon::try_start(AGENT, &self.name, &dir, &self.flags, &[("KAKURI_DIE_AT", at)]);
+        self.daemon = started.ok().map(|(daemon, _)| daemon);
+        self.daemon.is_some()
+    }
+
+    fn stay_where_it_was(&mut self) {
         assert!(self.daemon.is_none(), "it still runs");
         let at = self.flags.iter().position(|flag| flag == "--listen").expect("a usual flag");
         self.flags[at + 1] = self.address.to_string();
-        self.daemon = Some(Daemon::start(AGENT, &self.name, &self.place.dir.join(""), &self.flags).0);
+    }
+
+    /// Whether it ended by itself. [`Agent::again`] brings it back.
+    pub fn has_died(&mut self) -> bool {
+        if self.daemon.as_mut().is_some_and(|daemon| daemon.try_wait().is_some()) {
+            self.line.take();
+            self.daemon = None;
+        }
+        self.daemon.is_none()
+    }
+
+    /// One request to an agent that may die before it answers.
+    pub fn attempt(&self, request: &Value) -> Option<Reply> {
+        let mut line = Line::try_connect(&self.address).ok()?;
+        line.try_send(format!("{request}\n").as_bytes()).ok()?;
+        line.attempt()
     }
 
     /// How many connections it serves now.

@@ -33,24 +33,36 @@ impl Daemon {
     /// Starts a program with `--until-eof` and `--ready-file`, its words appended to `DIR/NAME.log`, and waits until it serves.
     /// Returns it with the lines of its ready file.
     pub fn start(program: &str, name: &str, dir: &Path, args: &[String]) -> (Self, Vec<String>) {
-        Self::start_to_die(program, name, dir, args, None)
+        Self::try_start(program, name, dir, args, &[]).unwrap_or_else(|status| {
+            let log = fs::read_to_string(dir.join(format!("{name}.log"))).unwrap_or_default();
+            panic!("{name} ended instead of serving: {status}\n{log}")
+        })
     }
 
     /// The same, to die at a failpoint.
     pub fn start_to_die(program: &str, name: &str, dir: &Path, args: &[String], die_at: Option<&str>) -> (Self, Vec<String>) {
+        let environment: Vec<(&str, &str)> = die_at.map(|place| ("KAKURI_DIE_AT", place)).into_iter().collect();
+        Self::try_start(program, name, dir, args, &environment).unwrap_or_else(|status| panic!("{name} ended instead of serving: {status}"))
+    }
+
+    /// The same with more in its environment, for one that may end instead of serving.
+    pub fn try_start(
+        program: &str,
+        name: &str,
+        dir: &Path,
+        args: &[String],
+        environment: &[(&str, &str)],
+    ) -> Result<(Self, Vec<String>), ExitStatus> {
         let (log, ready) = (dir.join(format!("{name}.log")), dir.join(format!("{name}.ready")));
         let _ = fs::remove_file(&ready); // Of an earlier life.
         let mut command = command(program);
-        command.args(args).arg("--until-eof").arg("--ready-file").arg(&ready);
-        command.envs(die_at.map(|place| ("KAKURI_DIE_AT", place)));
+        command.args(args).arg("--until-eof").arg("--ready-file").arg(&ready).envs(environment.iter().copied());
         let mut daemon = Self::spawn(command, name, &log);
-        let lines = eventually(&format!("{name} serves"), SOON_MS, || {
-            if let Some(status) = daemon.try_wait() {
-                panic!("{name} ended instead of serving: {status}\n{}", fs::read_to_string(&log).unwrap_or_default());
-            }
-            fs::read_to_string(&ready).ok()
-        });
-        (daemon, lines.lines().map(str::to_owned).collect())
+        let lines = eventually(&format!("{name} serves"), SOON_MS, || match daemon.try_wait() {
+            Some(status) => Some(Err(status)),
+            None => fs::read_to_string(&ready).ok().map(Ok),
+        })?;
+        Ok((daemon, lines.lines().map(str::to_owned).collect()))
     }
 
     /// Starts any command, its words appended to `log`.

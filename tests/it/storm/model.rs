@@ -115,6 +115,11 @@ impl Told {
     /// # Errors
     /// The rule that it breaks.
     pub fn note(&mut self, fate: Fate, meddling: Meddling, state: State, status: Status) -> Result<(), String> {
+        let is_forgotten = |(was, before): &(State, Status)| meddling.is_forgetful && was.is_terminal() && before.container_id.is_none();
+        if self.last.as_ref().is_some_and(is_forgotten) {
+            // Its agent had nothing but its runtime to remember by, and that had nothing, or more than the agent knew.
+            *self = Self::default();
+        }
         let said = format!("{state} {status:?}");
         let broken = |rule: &str| Err(format!("{rule}: is {said}, was {:?}", self.last));
         let exit = status.exit_code;
