@@ -27,16 +27,13 @@ use kakuri::workload::State;
 use serde_json::Value;
 
 use crate::harness::dice::Dice;
-use crate::harness::place::soon;
+use crate::harness::place::{Lab, soon};
 use crate::harness::{Agent, Place, Plane, within};
 use client::{Client, Presence, Slot};
 use weather::World;
 
-const SECONDS_DEFAULT: u64 = 5;
 /// How long all may take to agree once the weather is fair. The longest pause anybody makes between two attempts is 30 s.
 const CALM_MS: u64 = 150_000;
-const HTTP_CLIENTS: usize = 5;
-const LINE_CLIENTS: usize = 2;
 /// Progress is said this often.
 const PROGRESS_MS: u64 = 10_000;
 
@@ -52,6 +49,8 @@ pub struct Storm {
     plane_remembers: bool,
     /// Agents have a journal.
     agents_remember: bool,
+    /// The runtime is a real one, which takes no faults and has a life of its own.
+    on_lab: bool,
 }
 
 impl Storm {
@@ -107,7 +106,6 @@ impl Storm {
 
 #[test]
 fn what_was_acknowledged_stays_true_and_at_the_end_all_agree() {
-    let seconds = std::env::var("KAKURI_STORM_SECONDS").ok().and_then(|text| text.parse().ok()).unwrap_or(SECONDS_DEFAULT);
     let mut dice = Dice::new();
     // One node with a runtime of its own, and one or two that share one.
     let places = [Place::sim(&["--persist"]), Place::sim(&["--persist", "--no-events"])];
@@ -116,9 +114,40 @@ fn what_was_acknowledged_stays_true_and_at_the_end_all_agree() {
     if dice.below(2) == 0 {
         agents.push(agent(&places[1], "c"));
     }
+    brave(&places, agents, &mut dice, seconds(5), (5, 2));
+    for (place, id) in places.iter().zip(foreign) {
+        let is_there = place.cri().pod_sandbox_status(&id, soon()).is_ok_and(|s| s.state() == PodSandboxState::SandboxReady);
+        assert!(is_there, "storm: violation: the sandbox of somebody else was touched");
+        place.cri().stop_pod_sandbox(&id, soon()).expect("stopped");
+        place.cri().remove_pod_sandbox(&id, soon()).expect("removed");
+    }
+}
+
+mod lab {
+    use super::*;
+
+    #[test]
+    fn what_was_acknowledged_stays_true_on_a_real_runtime() {
+        let _alone = Lab::alone();
+        Place::with_lab_unguarded("native", |place| {
+            if place.lab().is_none_or(|lab| lab.dir.is_none()) {
+                return println!("SKIPPED the storm on the lab: set KAKURI_LAB_DIR=DIR of scripts/lab");
+            }
+            let agents = vec![agent(place, "a"), agent(place, "b")];
+            brave(std::slice::from_ref(place), agents, &mut Dice::new(), seconds(40), (3, 1));
+        });
+    }
+}
+
+fn seconds(default: u64) -> u64 {
+    std::env::var("KAKURI_STORM_SECONDS").ok().and_then(|text| text.parse().ok()).unwrap_or(default)
+}
+
+/// A storm over these runtimes and agents, with so many clients of HTTP and of the line protocol, and the calm after it.
+fn brave<'a>(places: &'a [Place], agents: Vec<Agent<'a>>, dice: &mut Dice, seconds: u64, clients: (usize, usize)) {
     let plane = Plane::start(&places[0], &agents.iter().collect::<Vec<_>>(), &[]);
-    let has_file =
-        |name: &str| std::fs::read_dir(places[0].dir.join(name)).is_ok_and(|mut files| files.any(|f| f.is_ok_and(|f| f.path().is_file())));
+    let is_file = |entry: std::io::Result<std::fs::DirEntry>| entry.is_ok_and(|entry| entry.path().is_file());
+    let has_file = |name: &str| std::fs::read_dir(places[0].dir.join(name)).is_ok_and(|mut files| files.any(is_file));
     let storm = Storm {
         is_over: AtomicBool::new(false),
         operations: AtomicUsize::new(0),
@@ -128,6 +157,7 @@ fn what_was_acknowledged_stays_true_and_at_the_end_all_agree() {
         clock: Stopwatch::start(),
         plane_remembers: has_file("plane"),
         agents_remember: has_file("a"),
+        on_lab: places[0].lab().is_some(),
     };
     println!(
         "storm: {seconds} s, {} nodes; the control plane is {}, agents have {}",
@@ -135,19 +165,13 @@ fn what_was_acknowledged_stays_true_and_at_the_end_all_agree() {
         if storm.plane_remembers { "killed too" } else { "paused only: it has no durable store" },
         if storm.agents_remember { "a journal" } else { "no journal" },
     );
-    let mut world = World::new(&places, agents, plane);
-    let (slots, mut seen) = rage(&storm, &mut world, &mut dice, seconds);
+    let mut world = World::new(places, agents, plane);
+    let (slots, mut seen) = rage(&storm, &mut world, dice, seconds, clients);
     storm.check();
     world.calm(&storm);
     settle(&storm, &world, &slots, &mut seen);
-    for (place, id) in places.iter().zip(foreign) {
-        let is_there = place.cri().pod_sandbox_status(&id, soon()).is_ok_and(|s| s.state() == PodSandboxState::SandboxReady);
-        assert!(is_there, "storm: violation: the sandbox of somebody else was touched");
-        place.cri().stop_pod_sandbox(&id, soon()).expect("stopped");
-        place.cri().remove_pod_sandbox(&id, soon()).expect("removed");
-    }
     for name in ["a", "b", "c", "plane", "sim"] {
-        for place in &places {
+        for place in places {
             let log = std::fs::read_to_string(place.dir.join(&format!("{name}.log"))).unwrap_or_default();
             let bad = log.lines().find(|line| line.contains("panicked") || line.contains("may not become"));
             assert_eq!(bad, None, "storm: violation in {name}.log");
@@ -173,14 +197,20 @@ fn foreign_sandbox(place: &Place) -> String {
 }
 
 /// The storm itself; what clients then know, and what was seen of the runtimes.
-fn rage(storm: &Storm, world: &mut World<'_>, dice: &mut Dice, seconds: u64) -> (Vec<Slot>, Vec<witness::Seen>) {
+fn rage(
+    storm: &Storm,
+    world: &mut World<'_>,
+    dice: &mut Dice,
+    seconds: u64,
+    (http_clients, line_clients): (usize, usize),
+) -> (Vec<Slot>, Vec<witness::Seen>) {
     let nodes: Vec<String> = ["a", "b", "c"][..world.agents.len()].iter().map(|name| (*name).to_owned()).collect();
     thread::scope(|scope| {
         let mut clients = Vec::new();
-        for i in 0..HTTP_CLIENTS {
+        for i in 0..http_clients {
             clients.push(Client::http(storm, format!("h{i}"), dice.fork(), world.plane.address, nodes.clone()));
         }
-        for i in 0..LINE_CLIENTS {
+        for i in 0..line_clients {
             let agent = &world.agents[i % world.agents.len()];
             clients.push(Client::line(storm, format!("l{i}"), dice.fork(), agent.address.clone(), storm.agents_remember));
         }

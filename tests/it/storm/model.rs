@@ -35,8 +35,8 @@ pub struct Wish {
 }
 
 impl Wish {
-    /// Any, for this id, on one of these nodes.
-    pub fn any(dice: &mut Dice, id: &str, nodes: &[String]) -> Self {
+    /// Any, for this id, on one of these nodes; `on_lab`: of what a real runtime has.
+    pub fn any(dice: &mut Dice, id: &str, nodes: &[String], on_lab: bool) -> Self {
         let lines = |pause: &str| (0..LINES).map(|n| format!("echo line {n}; sleep {pause}; ")).collect::<String>();
         let (fate, command) = match dice.below(12) {
             0..=3 => (Fate::Forever, format!("{}sleep 100000", lines("0.05"))),
@@ -45,14 +45,14 @@ impl Wish {
             6 => (Fate::Exits(0), lines("0.4")),
             7 => (Fate::Exits(7), format!("{}exit 7", lines("0.1"))),
             8 => (Fate::Exits(0), lines("0.001")),
-            9 => (Fate::Oom, format!("{}oom", lines("0.1"))),
-            10 => (Fate::NoImage, "true".to_owned()),
+            9 if !on_lab => (Fate::Oom, format!("{}oom", lines("0.1"))),
+            9 | 10 => (Fate::NoImage, "true".to_owned()),
             _ => (Fate::Ttl, format!("{}sleep 100000", lines("0.01"))),
         };
         let image = match (fate, dice.below(6)) {
             (Fate::NoImage, _) => format!("localhost/not-found-{id}:1"),
-            (_, 0) => format!("localhost/slow-{}-{id}:1", 50 + dice.below(600)),
-            (_, 1) => format!("localhost/image-{id}:1"),
+            (_, 0) if !on_lab => format!("localhost/slow-{}-{id}:1", 50 + dice.below(600)),
+            (_, 1) if !on_lab => format!("localhost/image-{id}:1"),
             _ => IMAGE.to_owned(),
         };
         let class = ["native", "native", "gvisor"][dice.below(3)];
@@ -88,6 +88,8 @@ pub struct Meddling {
     pub is_stopped: bool,
     /// Its sandbox was removed behind the back of its agent.
     pub is_harmed: bool,
+    /// The runtime is a real one: killed in the wrong moment, it does not know an exit code.
+    pub is_real: bool,
     /// Whoever speaks may have forgotten how it ended, and have only the runtime's word for it.
     pub is_forgetful: bool,
 }
@@ -188,6 +190,7 @@ fn judge(fate: Fate, meddling: Meddling, has_run: bool, status: &Status) -> Resu
         // A workload that is asked to stop may end by itself just before.
         Some(Reason::Stopped) if meddling.is_stopped => Ok(()),
         Some(Reason::SandboxDied | Reason::Error) if meddling.is_harmed && is_killed() => Ok(()),
+        Some(Reason::Error) if meddling.is_real && fate != Fate::Forever && matches!(exit, None | Some(137 | 255)) => Ok(()),
         Some(Reason::Error) if meddling.is_forgetful && (meddling.is_stopped || fate == Fate::Ttl) && is_killed() => Ok(()),
         _ => Err("an end that nobody brought about"),
     }

@@ -58,13 +58,13 @@ impl<'a> World<'a> {
                     self.hit(storm, dice, at, now);
                 }
             }
-            8..=12 => {
+            8..=12 if !storm.on_lab => {
                 let place = &self.places[dice.below(self.places.len())];
                 let faults: Vec<String> = (0..=dice.below(3)).map(|_| fault(dice)).collect();
                 storm.write(&format!("* faults {faults:?}"));
                 place.faults(&faults.iter().map(String::as_str).collect::<Vec<_>>());
             }
-            13..=14 => self.places.iter().for_each(|place| place.faults(&[])),
+            13..=14 if !storm.on_lab => self.places.iter().for_each(|place| place.faults(&[])),
             15 if storm.agents_remember => self.harm(storm, dice),
             _ => {}
         }
@@ -73,6 +73,11 @@ impl<'a> World<'a> {
 
     fn hit(&mut self, storm: &Storm, dice: &mut Dice, at: usize, now: u64) {
         let who = self.who(at);
+        if let (true, Who::Sim(n)) = (storm.on_lab, who) {
+            storm.write("* containerd is killed and started");
+            self.places[n].lab().expect("the lab").restart_hard();
+            return storm.write("* containerd is back");
+        }
         let length = [100, 500, 2000, 6500][dice.below(4)];
         let until = now + 20 + dice.below(length) as u64;
         let how = dice.below(6);
@@ -134,7 +139,9 @@ impl<'a> World<'a> {
 
     /// Fair weather from now on.
     pub fn calm(&mut self, storm: &Storm) {
-        self.places.iter().for_each(|place| place.faults(&[]));
+        if !storm.on_lab {
+            self.places.iter().for_each(|place| place.faults(&[]));
+        }
         self.mend(storm, u64::MAX);
     }
 }
