@@ -215,6 +215,10 @@ impl<'a> Client<'a> {
 
     fn post_other(&mut self, slot: &mut Slot) -> Result<(), String> {
         match self.send_start(slot, &slot.wish.other(), 0).0 {
+            Outcome::Said(..) if slot.may_be_forgotten(self.remembers()) => {
+                (slot.is_loose, slot.presence) = (true, Presence::Absent);
+                Ok(())
+            }
             Outcome::Said(state, _) => Err(format!("another workload of its id was accepted: {state}")),
             Outcome::Conflict(code) if code == "workload_exists" || code == "AlreadyExists" => Ok(()),
             Outcome::Conflict(code) => Err(format!("POST of another workload of its id: {code}")),
