@@ -535,6 +535,10 @@ impl<'a> Client<'a> {
 
 impl Slot {
     fn note(&mut self, state: State, status: Status) -> Result<(), String> {
+        if self.is_loose && self.told.created_at().is_some_and(|before| before != status.created_at) {
+            // A request that was not answered was carried out, and this is another life.
+            self.told = Told::default();
+        }
         self.told.note(self.wish.fate, self.meddling, state, status)
     }
 

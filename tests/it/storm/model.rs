@@ -2,6 +2,7 @@
 //!
 //! Invariant: whoever breaks a rule here was told so by a daemon: nothing is inferred from an answer that did not come.
 
+use kakuri::deadline::Timestamp;
 use kakuri::wire::status::Status;
 use kakuri::workload::{Reason, State};
 use serde_json::{Value, json};
@@ -102,6 +103,11 @@ pub struct Told {
 }
 
 impl Told {
+    /// When the acceptance happened that this is about.
+    pub fn created_at(&self) -> Option<Timestamp> {
+        self.last.as_ref().map(|(_, status)| status.created_at)
+    }
+
     /// The container that was told last.
     pub fn container(&self) -> Option<&str> {
         self.last.as_ref().and_then(|(_, status)| status.container_id.as_deref())
@@ -140,6 +146,9 @@ impl Told {
         if let Some((was, before)) = &self.last {
             if was != &state && (*was > state || was.is_terminal()) {
                 return broken("an illegal transition");
+            }
+            if before.created_at != status.created_at && !meddling.is_forgetful {
+                return broken("another acceptance than before");
             }
             if before.exit_code.is_some() && before.exit_code != exit {
                 return broken("an exit code that changed");
@@ -215,12 +224,12 @@ pub fn check_lines<'a>(lines: impl Iterator<Item = &'a str>) -> Result<usize, St
 }
 
 mod tests {
-    use kakuri::deadline::Timestamp;
-
     use super::*;
 
     fn status(reason: Option<Reason>, exit_code: Option<i32>) -> Status {
-        Status { reason, exit_code, oom_killed: reason == Some(Reason::OomKilled), ..Status::accepted(None) }
+        let created_at = Timestamp::parse("2026-01-01T00:00:00Z").expect("a time");
+        let oom_killed = reason == Some(Reason::OomKilled);
+        Status { reason, exit_code, oom_killed, created_at, ..Status::accepted(None) }
     }
 
     #[test]
@@ -254,6 +263,7 @@ mod tests {
         let moved = Status { container_id: Some("b".into()), ..plain() };
         let first = Status { container_id: Some("a".into()), ..plain() };
         check(Fate::Forever, none, &[(Running, first), (Running, moved)], Some("another container"));
+        check(Fate::Forever, none, &[(Running, plain()), (Running, Status::accepted(None))], Some("another acceptance"));
         assert_eq!(check_lines(["line 0", "line 1", "line 1", "line 2"].into_iter()), Ok(3));
         assert!(check_lines(["line 0", "line 2"].into_iter()).is_err());
         assert!(check_lines(["line 0", "line 1", "line 0"].into_iter()).is_err());
