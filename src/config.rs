@@ -181,14 +181,29 @@ pub struct ControlPlaneConfig {
     pub insecure_listen: bool,
     /// The agents.
     pub nodes: Vec<(Name, Address)>,
-    /// Its files.
+    /// Its store.
     pub data_dir: PathBuf,
+    /// How many ended workloads it keeps.
+    pub history: usize,
+    /// What it is started for.
+    pub task: Task,
     /// How much to say.
     pub log_level: LevelFilter,
     /// A file that gets a line per listener (`tcp=ADDRESS`, `unix=PATH`) once the daemon serves.
     pub ready_file: Option<PathBuf>,
     /// Stop when stdin ends.
     pub until_eof: bool,
+}
+
+/// What a control plane is started for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Task {
+    /// To write its store to stdout.
+    Export,
+    /// To make its store out of stdin.
+    Import,
+    /// To serve.
+    Serve,
 }
 
 /// A value that breaks a rule.
@@ -297,7 +312,10 @@ const CONTROL_PLANE: Usage = Usage::new(
         LISTEN,
         INSECURE_LISTEN,
         Flag::long("node", Takes::Values("ID=ADDR"), "an agent; repeatable"),
-        Flag::long("data-dir", Takes::Value("DIR"), "the control plane's files"),
+        Flag::long("data-dir", Takes::Value("DIR"), "the control plane's store; else a directory of the system's or the user's"),
+        Flag::long("history", Takes::Value("N"), "ended workloads that are kept"),
+        Flag::long("export", Takes::Nothing, "write the store to stdout as JSON lines, secrets included, and leave"),
+        Flag::long("import", Takes::Nothing, "make the store out of such lines on stdin, and leave"),
         LOG_LEVEL,
         READY_FILE,
         UNTIL_EOF,
@@ -371,6 +389,7 @@ struct RawRuntime {
     name: Option<Spanned<String>>,
     site: Option<Spanned<String>>,
     data_dir: Option<Spanned<String>>,
+    history: Option<Spanned<u64>>,
     web: RawWeb,
     log: RawLog,
     nodes: Vec<Spanned<RawNode>>,
@@ -501,6 +520,12 @@ pub fn control_plane_in(args: &[String], environment: Environment) -> Result<Par
     let listen = reader.listen(raw.web.listen.as_slice(), "127.0.0.1:8080", insecure_listen);
     let nodes = reader.nodes(raw.nodes);
     let data_dir = reader.state_dir("data-dir", raw.data_dir, CONTROL_PLANE.command);
+    let history_max = u64::try_from(limits::HISTORY_MAX).unwrap_or(u64::MAX);
+    let history = reader.number("history", raw.history, 0..=history_max);
+    let (export, import) = (reader.matches.present("export"), reader.matches.present("import"));
+    if export && import {
+        reader.problem("--export", "and --import exclude each other");
+    }
     let log_level = reader.log_level(raw.log.level);
     let ready_file = reader.path("ready-file", None);
     let until_eof = reader.matches.present("until-eof");
@@ -511,6 +536,12 @@ pub fn control_plane_in(args: &[String], environment: Environment) -> Result<Par
         insecure_listen,
         nodes,
         data_dir,
+        history: history.and_then(|n| usize::try_from(n).ok()).unwrap_or(limits::HISTORY_DEFAULT),
+        task: match (export, import) {
+            (true, _) => Task::Export,
+            (false, true) => Task::Import,
+            (false, false) => Task::Serve,
+        },
         log_level,
         ready_file,
         until_eof,

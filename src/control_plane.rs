@@ -13,6 +13,7 @@
 //! | http-N | one per connection; asks the agent concerned |
 //! | node-NAME | one per node: heartbeat and events |
 //! | reconcile | finds what is not as desired |
+//! | store, store-open | makes changes last; opens the store's file |
 //! | dispatch-N | tell agents what is desired |
 
 mod api;
@@ -27,6 +28,8 @@ mod tests;
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
+use std::fmt;
+use std::io;
 use std::process::ExitCode;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -35,7 +38,7 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError, bounded};
 
-use crate::config::{self, ControlPlaneConfig};
+use crate::config::{self, ControlPlaneConfig, Task};
 use crate::daemon::{self, Signal, spawn};
 use crate::deadline::Deadline;
 use crate::flags::{self, Parsed};
@@ -48,7 +51,7 @@ use crate::workload::Name;
 use api::Api;
 use monitor::Node;
 use reconcile::Dispatch;
-use store::{MemoryStore, Store};
+use store::{Store, disk, transfer};
 
 const PROGRAM: &str = "kakuri-control-plane";
 
@@ -65,7 +68,12 @@ pub fn main() -> ExitCode {
         }
     };
     init_log(PROGRAM, config.log_level);
-    match run(&config) {
+    let result = match config.task {
+        Task::Export => transfer::export(&config.data_dir, io::stdout().lock()).map(|count| tell(count, "exported")).map_err(Error::Store),
+        Task::Import => transfer::import(&config.data_dir, io::stdin().lock()).map(|count| tell(count, "imported")).map_err(Error::Store),
+        Task::Serve => run(&config),
+    };
+    match result {
         Ok(()) => Exit::Ok.into(),
         Err(error) => {
             complain(PROGRAM, &Chain(&error));
@@ -74,7 +82,48 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn run(config: &ControlPlaneConfig) -> Result<(), daemon::Error> {
+fn tell(count: usize, done: &str) {
+    complain(PROGRAM, &format_args!("{done} {count} workloads; the values of their env are in the lines"));
+}
+
+/// Why the control plane cannot begin, or go on.
+#[derive(Debug)]
+enum Error {
+    Daemon(daemon::Error),
+    Store(disk::Error),
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Daemon(error) => error.fmt(f),
+            Self::Store(error) => error.fmt(f),
+        }
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Self::Daemon(error) => error.source(),
+            Self::Store(error) => error.source(),
+        }
+    }
+}
+
+impl From<daemon::Error> for Error {
+    fn from(error: daemon::Error) -> Self {
+        Self::Daemon(error)
+    }
+}
+
+impl From<disk::Error> for Error {
+    fn from(error: disk::Error) -> Self {
+        Self::Store(error)
+    }
+}
+
+fn run(config: &ControlPlaneConfig) -> Result<(), Error> {
     log::info!("version {}, {} nodes", env!("CARGO_PKG_VERSION"), config.nodes.len());
     if config.insecure_listen {
         log::warn!("--insecure-listen: anybody who reaches this port runs workloads on every node");
@@ -83,7 +132,8 @@ fn run(config: &ControlPlaneConfig) -> Result<(), daemon::Error> {
         log::warn!("no node is configured, so nothing can be placed; add --node ID=ADDR");
     }
     let signals = daemon::signals(config.until_eof)?;
-    let running = Running::start(config.nodes.clone())?;
+    let store = Store::open(&config.data_dir)?;
+    let running = Running::start(config.nodes.clone(), store, config.history)?;
     let service = Arc::new(Http(Api::new(Arc::clone(&running.plane), config.insecure_listen)));
     let servers = daemon::serve(&config.listen, "http", &service)?;
     daemon::announce(&servers, config.ready_file.as_deref())?;
@@ -105,7 +155,9 @@ fn run(config: &ControlPlaneConfig) -> Result<(), daemon::Error> {
 
 /// What the threads of the control plane share.
 struct Plane {
-    store: Box<dyn Store>,
+    store: Arc<Store>,
+    /// How many ended workloads are kept.
+    history: usize,
     nodes: BTreeMap<Name, Arc<Node>>,
     dispatch: Dispatch,
     stopping: Arc<Stopping>,
@@ -118,11 +170,11 @@ struct Running {
 }
 
 impl Running {
-    fn start(nodes: Vec<(Name, Address)>) -> Result<Self, daemon::Error> {
+    fn start(nodes: Vec<(Name, Address)>, store: Store, history: usize) -> Result<Self, daemon::Error> {
         let stopping = Arc::<Stopping>::default();
         let node = |(name, address): (Name, Address)| (name.clone(), Arc::new(Node::new(name, address, Arc::clone(&stopping))));
         let nodes: BTreeMap<Name, Arc<Node>> = nodes.into_iter().map(node).collect();
-        let plane = Arc::new(Plane { store: Box::new(MemoryStore::default()), nodes, dispatch: Dispatch::default(), stopping });
+        let plane = Arc::new(Plane { store: Arc::new(store), history, nodes, dispatch: Dispatch::default(), stopping });
         let mut threads = Vec::new();
         for (name, node) in &plane.nodes {
             let (plane, node) = (Arc::clone(&plane), Arc::clone(node));
@@ -140,6 +192,8 @@ impl Running {
     fn stop(self) {
         self.plane.stopping.set();
         self.threads.into_iter().for_each(join);
+        // The last, so that what the others learnt is kept.
+        self.plane.store.close();
     }
 }
 

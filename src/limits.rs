@@ -318,6 +318,38 @@ pub const LOG_SPARE_BYTES: u64 = 64 * 1024;
 
 /// Workloads the control plane keeps, ended ones included.
 pub const STORE_WORKLOADS_MAX: usize = 20_000;
+/// Ended workloads that are kept until somebody deletes them; the oldest beyond that are deleted.
+pub const HISTORY_MAX: usize = 10_000;
+/// Ended workloads that are kept, when the configuration names no other number: fewer than one agent has room for.
+pub const HISTORY_DEFAULT: usize = 1000;
+/// Changes that share one commit of the store.
+pub const STORE_BATCH_MAX: usize = 256;
+/// Changes that wait for the store.
+pub const STORE_QUEUE_MAX: usize = 512;
+/// How long a change may wait for its commit before whoever asked hears that nobody knows.
+pub const STORE_MS_MAX: u64 = 20_000;
+/// How old what an agent said may become before it is on disk.
+pub const STORE_LAZY_MS: u64 = 200;
+/// Between two attempts at a disk that takes nothing.
+pub const STORE_RETRY_MS: u64 = 1000;
+/// What a stopping control plane gives its disk.
+pub const STORE_CLOSE_MS: u64 = 10_000;
+/// The store's own page cache: all records are in memory anyway.
+pub const STORE_CACHE_BYTES: usize = 1 << 20;
+/// Stack of a thread that works in the store's trees.
+pub const STORE_STACK_BYTES: usize = 1 << 20;
+/// Revisions that one commit reserves: a restart skips what is left of them.
+pub const REVISIONS_RESERVED: u64 = 1 << 20;
+/// Values in the JSON of one stored workload: what a client may send, and a status.
+pub const STORED_VALUES_MAX: usize = 2 * JSON_VALUES_MAX;
+/// Changes kept for those who follow `GET /events`.
+pub const EVENTS_MAX: usize = 10_000;
+/// The same in bytes, as far as they are not of workloads that are still there.
+pub const EVENTS_BYTES_MAX: usize = 16 << 20;
+/// Changes written to a follower at a time.
+pub const EVENTS_BATCH_MAX: usize = 64;
+/// Followers of `GET /events` at a time: each holds a connection.
+pub const FOLLOWERS_MAX: usize = 64;
 /// Nodes of one control plane.
 pub const NODES_MAX: usize = 1000;
 /// Items on one page of a list.
@@ -391,6 +423,9 @@ const _: () = assert!(CRI_QUICK_MS_MAX < UNDO_MS_MAX, "an undo has time for seve
 const _: () = assert!(LOG_OLD_FILES_MAX * 2 < LOG_DIR_FILES_MAX, "a directory that is kept in order can be listed");
 const _: () = assert!(LOG_REOPEN_MS_MAX < DRAIN_MS, "whoever rotates notices the drain in time");
 const _: () = assert!(CLI_WAIT_SLICE_MS <= WAIT_MS_MAX, "the command line asks for waits that are granted");
+const _: () = assert!(HISTORY_MAX * 2 <= STORE_WORKLOADS_MAX, "ended workloads leave room for others");
+const _: () = assert!(HISTORY_DEFAULT < AGENT_WORKLOADS_MAX, "ended workloads do not fill a node");
+const _: () = assert!(FOLLOWERS_MAX * 2 < CONNECTIONS_MAX, "followers leave connections to others");
 const _: () = assert!(NODE_REQUEST_MS_MAX < DRAIN_MS, "a quick request to an agent ends within the drain");
 const _: () = assert!(NODE_WAIT_SLICE_MS * 4 <= DRAIN_MS, "a long wait notices the drain in time");
 const _: () = assert!(DISPATCHERS_PER_NODE_MAX * 2 < DISPATCHERS, "two nodes that hang leave a dispatcher to the others");

@@ -34,6 +34,12 @@ impl Default for Counter {
 /// HTTP responses by the first digit of their status, from 1.
 pub static HTTP_RESPONSES: [Counter; 5] = [const { Counter::new() }; 5];
 
+/// Commits of the control plane's store.
+pub static STORE_COMMITS: Counter = Counter::new();
+
+/// Commits of the control plane's store that failed.
+pub static STORE_FAILURES: Counter = Counter::new();
+
 /// Counts an HTTP response.
 pub fn count_http_response(status: u16) {
     if let Some(counter) = usize::from(status / 100).checked_sub(1).and_then(|class| HTTP_RESPONSES.get(class)) {

@@ -16,6 +16,7 @@ pub mod images;
 pub mod json;
 pub mod record;
 pub mod status;
+pub mod stored;
 pub mod workload;
 
 pub use json::{Problem, Problems};

@@ -529,6 +529,18 @@ impl State {
 }
 
 spelled!(
+    /// What clients want of a workload.
+    Desired {
+        /// Gone, and forgotten.
+        Deleted = "Deleted",
+        /// Started once; its end is its own matter.
+        Run = "Run",
+        /// Ended, and remembered.
+        Stopped = "Stopped",
+    }
+);
+
+spelled!(
     /// What is being done to a workload right now.
     Phase {
         /// The image is on its way.

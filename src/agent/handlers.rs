@@ -151,6 +151,7 @@ fn handle(agent: &Agent, request: Request, client: &mut Client<'_>) -> Result<()
             let waited = wait_ms.and_then(|ms| agent.registry.wait(&id, Until::Terminal, Deadline::within_ms(ms, "wait"), client.stopping));
             status_reply(agent, &id, waited.or_else(|| agent.registry.status(&id)).or(stopped))
         }
+        Request::UpdateWorkload { id, labels } => status_reply(agent, &id, agent.registry.update_labels(&id, labels)),
         Request::Watch { since } => return watch(agent, since, client),
     };
     client.send(&reply)

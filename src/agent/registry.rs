@@ -269,6 +269,19 @@ impl Registry {
         self.publish(&mut inner, id, EventKind::Modified);
     }
 
+    /// Replaces the labels of a workload; `None` when there is no such workload.
+    pub fn update_labels(&self, id: &WorkloadId, labels: BTreeMap<String, String>) -> Option<(State, Status)> {
+        let mut inner = self.lock();
+        let entry = inner.entries.get_mut(id)?;
+        if entry.workload.spec.labels != labels {
+            let mut workload = entry.workload.as_ref().clone();
+            workload.spec.labels = labels;
+            entry.workload = Arc::new(workload);
+            self.publish(&mut inner, id, EventKind::Modified);
+        }
+        inner.entries.get(id).map(|entry| (entry.state, entry.status.clone()))
+    }
+
     /// Asks for a workload to be removed and forgotten; whether there is one.
     pub fn want_delete(&self, id: &WorkloadId) -> bool {
         let mut inner = self.lock();

@@ -215,6 +215,7 @@ fn a_bundle_is_read_whole() {
 name = "runtime-a"
 site = "site-a"
 data_dir = "data"
+history = 7
 [runtime.web]
 listen = "127.0.0.1:18081"
 auth = "local"
@@ -232,6 +233,7 @@ address = "127.0.0.1:1"
     assert_eq!(config.listen[0].to_string(), "127.0.0.1:18081");
     assert_eq!(config.nodes.iter().map(|(id, address)| format!("{id}={address}")).collect::<Vec<_>>(), ["a=127.0.0.1:1", "b=127.0.0.1:2"]);
     assert_eq!((config.log_level, config.data_dir), (LevelFilter::Warn, std::env::temp_dir().join("data")));
+    assert_eq!((config.history, config.task), (7, Task::Serve));
     let config = run(runtime_file(text, &["--node", "c=unix:///run/c.sock", "--listen", "127.0.0.1:0"]));
     assert_eq!(config.nodes.len(), 1);
     assert_eq!(config.listen[0].to_string(), "127.0.0.1:0");

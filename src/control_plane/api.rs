@@ -6,6 +6,7 @@
 //! Invariant: a parameter of the query that a route does not know is refused, so that no filter is lost to a typing error.
 
 mod caller;
+mod events;
 mod nodes;
 mod output;
 mod selector;
@@ -32,6 +33,7 @@ use caller::Caller;
 enum Route<'a> {
     Create,
     Delete(&'a str),
+    Events,
     Exec(&'a str),
     Get(&'a str),
     /// Of a later version.
@@ -43,6 +45,7 @@ enum Route<'a> {
     Node(&'a str),
     Nodes,
     OpenApi,
+    Patch(&'a str),
     Readyz,
     Stop(&'a str),
     Version,
@@ -50,12 +53,13 @@ enum Route<'a> {
 
 /// The table.
 fn route<'a>(method: Method, path: &[&'a str]) -> Option<Route<'a>> {
-    use Method::{Delete, Get, Post, Put};
+    use Method::{Delete, Get, Patch, Post, Put};
     Some(match (method, path) {
         (Get, ["workloads"]) => Route::List,
         (Post, ["workloads"]) => Route::Create,
         (Get, ["workloads", id]) => Route::Get(id),
         (Delete, ["workloads", id]) => Route::Delete(id),
+        (Patch, ["workloads", id]) => Route::Patch(id),
         (Post, ["workloads", id, "stop"]) => Route::Stop(id),
         (Get, ["workloads", id, "logs"]) => Route::Logs(id),
         (Post, ["workloads", id, "exec"]) => Route::Exec(id),
@@ -63,7 +67,7 @@ fn route<'a>(method: Method, path: &[&'a str]) -> Option<Route<'a>> {
         (Get, ["nodes", id]) => Route::Node(id),
         (Post, ["nodes", _, "cordon" | "uncordon" | "drain"]) => Route::Later,
         (Get | Put | Delete, ["security-profiles", _]) => Route::Later,
-        (Get, ["events"]) => Route::Later,
+        (Get, ["events"]) => Route::Events,
         (Get | Post, ["api", "runtime-cloud", ..]) => Route::Later,
         (Get, ["livez" | "healthz"]) => Route::Livez,
         (Get, ["readyz"]) => Route::Readyz,
@@ -78,18 +82,19 @@ fn route<'a>(method: Method, path: &[&'a str]) -> Option<Route<'a>> {
 fn parameters(route: Route<'_>) -> &'static [&'static str] {
     match route {
         Route::Create => &["wait_ms"],
+        Route::Events => &["id", "label", "node", "replay", "since"],
         Route::Get(_) => &["for", "wait_ms"],
         Route::List => &["class", "continue", "label", "limit", "node", "state"],
         Route::Livez | Route::Readyz => &["verbose"],
         Route::Logs(_) => &["follow", "since", "stream", "tail", "timestamps"],
-        Route::Delete(_) | Route::Exec(_) | Route::Stop(_) => &[],
+        Route::Delete(_) | Route::Exec(_) | Route::Patch(_) | Route::Stop(_) => &[],
         Route::Later | Route::Metrics | Route::Node(_) | Route::Nodes | Route::OpenApi | Route::Version => &[],
     }
 }
 
 /// The methods a path has.
 fn allowed(path: &[&str]) -> Vec<&'static str> {
-    let mut methods: Vec<&str> = [Method::Delete, Method::Get, Method::Post, Method::Put]
+    let mut methods: Vec<&str> = [Method::Delete, Method::Get, Method::Patch, Method::Post, Method::Put]
         .into_iter()
         .filter(|m| route(*m, path).is_some())
         .map(Method::as_str)
@@ -154,6 +159,7 @@ impl Api {
         match route {
             Route::Create => self.create(call),
             Route::Delete(id) => self.delete(call, id),
+            Route::Events => self.events(call),
             Route::Exec(id) => self.exec(call, id),
             Route::Get(id) => self.get(call, id),
             Route::Later => {
@@ -166,6 +172,7 @@ impl Api {
             Route::Node(id) => self.node(id),
             Route::Nodes => Ok(self.nodes()),
             Route::OpenApi => Ok(Response::json(Status::Ok, include_bytes!("openapi.json").to_vec())),
+            Route::Patch(id) => self.patch(call, id),
             Route::Readyz => self.readyz(call),
             Route::Stop(id) => self.stop(call, id),
             Route::Version => Ok(nodes::version()),
@@ -201,13 +208,23 @@ fn is_request_id(id: &str) -> bool {
 
 /// The JSON of a body.
 fn body(request: &Request) -> Result<Value, Refusal> {
+    body_of(request, "application/json", &[])
+}
+
+/// The JSON of a patch (RFC 7396). Plain JSON passes for one, as it does with Kubernetes' clients.
+fn patch_body(request: &Request) -> Result<Value, Refusal> {
+    body_of(request, "application/merge-patch+json", &["application/json"])
+}
+
+fn body_of(request: &Request, content_type: &str, others: &[&str]) -> Result<Value, Refusal> {
     if !request.has_body_framing {
         let detail = "send a JSON body, with Content-Length or chunked";
         return Err(Refusal::new(Status::LengthRequired, "body_required", detail));
     }
-    let content_type = request.header("content-type").map(|given| given.split(';').next().unwrap_or_default().trim());
-    if content_type.is_some_and(|given| !given.eq_ignore_ascii_case("application/json")) {
-        let detail = "send JSON as Content-Type: application/json (curl: -H 'Content-Type: application/json')";
+    let given = request.header("content-type").map(|given| given.split(';').next().unwrap_or_default().trim());
+    let fits = |given: &str| given.eq_ignore_ascii_case(content_type) || others.iter().any(|other| given.eq_ignore_ascii_case(other));
+    if given.is_some_and(|given| !fits(given)) {
+        let detail = format!("send JSON as Content-Type: {content_type} (curl: -H 'Content-Type: {content_type}')");
         return Err(Refusal::new(Status::UnsupportedMediaType, "not_json", detail));
     }
     json::parse(&request.body).map_err(|problems| Refusal::problems(Status::BadRequest, "bad_json", "the body is not good JSON", &problems))
@@ -361,8 +378,19 @@ impl From<scheduler::Misfit> for Refusal {
 
 impl From<store::Error> for Refusal {
     fn from(error: store::Error) -> Self {
+        let detail = Chain(&error).to_string();
+        let (status, code) = match &error {
+            store::Error::Closed => (Status::Unavailable, "store_closed"),
+            store::Error::Disk(cause) if cause.is_full() => (Status::InsufficientStorage, "disk_full"),
+            store::Error::Disk(_) | store::Error::Revisions => (Status::Unavailable, "disk_failed"),
+            store::Error::Full => (Status::InsufficientStorage, "store_full"),
+            store::Error::Labels => (Status::UnprocessableContent, "too_many_labels"),
+            store::Error::Slow => (Status::Unavailable, "disk_slow"),
+        };
         match error {
-            store::Error::Full => Self::new(Status::InsufficientStorage, "store_full", error.to_string()),
+            // Where the file lies is nobody's business but the operator's, who has the log.
+            store::Error::Disk(_) => Self::new(status, code, format!("{error}; nothing was changed")),
+            _ => Self::new(status, code, detail),
         }
     }
 }

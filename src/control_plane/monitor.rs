@@ -3,13 +3,17 @@
 //! The agent begins a watch with an event for every workload it has and a heartbeat, then sends changes, and a heartbeat whenever
 //! it was quiet for `HEARTBEAT_MS`. The first heartbeat ends the list: a workload of ours that was not on it is asked about.
 //!
+//! A workload that an agent has and that is not placed there is a stranger: of somebody else who speaks with the agent, or of a store
+//! that was lost or is older than the agent's truth. It is counted, named in the log, and left alone.
+//!
 //! Invariant: a lost node changes no workload's state; its truth grows old, and `observed_at` says so.
 //! Invariant: a node is ready only while the last answer of its agent says so, under the name it is configured by.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::node_client::{Error, NodeClient};
+use super::store::Record;
 use super::{Plane, Stopping};
 use crate::deadline::{Deadline, Timestamp};
 use crate::limits;
@@ -17,7 +21,7 @@ use crate::net::Address;
 use crate::report::Chain;
 use crate::wire::agent::{self, Event, EventKind, Reply, Request};
 use crate::wire::api::NodeObject;
-use crate::workload::{Name, WorkloadId};
+use crate::workload::{Desired, Name, WorkloadId};
 
 /// A node: how to reach it, and what is known of it.
 #[derive(Debug)]
@@ -25,6 +29,15 @@ pub(super) struct Node {
     pub(super) name: Name,
     pub(super) client: NodeClient,
     view: Mutex<View>,
+    strangers: Mutex<Strangers>,
+}
+
+/// Workloads that an agent has and that are not placed there.
+#[derive(Debug, Default)]
+struct Strangers {
+    ids: BTreeSet<WorkloadId>,
+    /// Those the log names already.
+    told: BTreeSet<WorkloadId>,
 }
 
 /// A node as last seen.
@@ -44,12 +57,34 @@ impl Node {
     /// A node nobody spoke with yet.
     pub(super) fn new(name: Name, address: Address, stopping: Arc<Stopping>) -> Self {
         let view = View { is_reachable: false, trouble: Some("no answer yet".into()), observed_at: None, node: None };
-        Self { name, client: NodeClient::new(address, stopping), view: Mutex::new(view) }
+        Self { name, client: NodeClient::new(address, stopping), view: Mutex::new(view), strangers: Mutex::default() }
     }
 
     /// As last seen.
     pub(super) fn view(&self) -> View {
         self.view.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// How many workloads it has that are not placed there.
+    pub(super) fn strangers(&self) -> usize {
+        self.strangers.lock().unwrap_or_else(PoisonError::into_inner).ids.len()
+    }
+
+    fn with_strangers<T>(&self, act: impl FnOnce(&mut Strangers) -> T) -> T {
+        act(&mut self.strangers.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Names new strangers in the log; not at once, for what is being deleted looks like one for a moment.
+    fn tell_strangers(&self) {
+        let new: Vec<String> = self.with_strangers(|strangers| {
+            let new = strangers.ids.difference(&strangers.told).map(ToString::to_string).collect();
+            strangers.told.clone_from(&strangers.ids);
+            new
+        });
+        if !new.is_empty() {
+            let (count, some) = (new.len(), new.iter().take(limits::PLACEMENT_REASONS_MAX).cloned().collect::<Vec<_>>().join(", "));
+            log::warn!("node {}: {count} workloads there are not of this control plane, and are left alone: {some}", self.name);
+        }
     }
 
     /// As the API shows it.
@@ -61,6 +96,7 @@ impl Node {
             ready: trouble.is_none(),
             message: trouble,
             observed_at,
+            strangers: self.strangers(),
             node: node.map(|node| node.as_ref().clone()),
         }
     }
@@ -124,6 +160,8 @@ pub(super) fn run(plane: &Plane, node: &Node) {
 fn watch(plane: &Plane, node: &Node, was_watched: &mut bool) -> Result<(), Error> {
     let mut replies = node.client.stream(&Request::Watch { since: None }, Deadline::within_ms(limits::NODE_REQUEST_MS_MAX, "Watch"))?;
     plane.nudge_all_on(&node.name);
+    // The list to come names those that are still there.
+    node.with_strangers(|strangers| strangers.ids.clear());
     let silence = || Deadline::within_ms(limits::WATCH_SILENCE_MS_MAX, "watch");
     // A node that is not ready, or not sure, is asked again soon: it may have begun a moment ago.
     let heartbeat = |is_sure: bool| {
@@ -150,6 +188,7 @@ fn watch(plane: &Plane, node: &Node, was_watched: &mut bool) -> Result<(), Error
                 is_whole = true;
                 listed = listed.filter(|listed| !is_sure_of_missing(plane, node, listed));
                 next_ask = if listed.is_some() { heartbeat(false) } else { next_ask };
+                node.tell_strangers();
             }
             Some(_) => return Err(Error::Unexpected),
             None if silent.left().is_err() => return Err(Error::Expired(silent.expired())),
@@ -166,22 +205,53 @@ fn id_of(event: &Event) -> Option<WorkloadId> {
 
 /// Notes an event. What we did not place there is somebody else's, and left alone.
 fn take(plane: &Plane, node: &Node, event: Event) {
-    let Some(record) = id_of(&event).and_then(|id| plane.store.get(&id)).filter(|record| record.node == node.name) else { return };
+    let Some(id) = id_of(&event) else { return };
+    let record = plane.store.get(&id).filter(|record| record.node == node.name);
+    let is_gone = event.event == EventKind::Deleted;
+    node.with_strangers(|strangers| {
+        // Ids are bounded by what one agent keeps, unless it is none of ours.
+        let is_stranger = record.is_none() && !is_gone && strangers.ids.len() < limits::AGENT_WORKLOADS_MAX;
+        if is_stranger {
+            strangers.ids.insert(id.clone())
+        } else {
+            strangers.ids.remove(&id)
+        };
+    });
+    let Some(record) = record else { return };
     match event.event {
-        EventKind::Added | EventKind::Modified => drop(plane.observe(&record, event.object.state, *event.object.status)),
+        EventKind::Added | EventKind::Modified => {
+            let has_labels = has_labels(&event, &record);
+            let after = plane.observe(&record, event.object.state, *event.object.status);
+            // An agent that was started anew knows the labels of the start.
+            if let (Some(after), false) = (after, has_labels) {
+                plane.amend(&after, |current| (!current.has_new_labels).then(|| Record { has_new_labels: true, ..current.clone() }));
+                plane.dispatch.nudge(&id);
+            }
+        }
         // It may be an earlier workload of the same id that is gone: the agent is asked, by the dispatcher or by us.
-        EventKind::Deleted if record.desired == super::store::Desired::Deleted => plane.dispatch.nudge(&record.workload.id),
+        EventKind::Deleted if record.desired == Desired::Deleted => plane.dispatch.nudge(&record.workload.id),
         EventKind::Deleted => drop(plane.refresh(&record, None)),
+    }
+}
+
+/// Whether the agent has the workload under the labels that are wished.
+fn has_labels(event: &Event, record: &Record) -> bool {
+    let wished = &record.workload.spec.labels;
+    match event.object.spec.get("labels").and_then(|labels| labels.as_object()) {
+        None => wished.is_empty(),
+        Some(labels) => {
+            labels.len() == wished.len() && wished.iter().all(|(key, value)| labels.get(key).and_then(|v| v.as_str()) == Some(value))
+        }
     }
 }
 
 /// Asks about workloads that should be there and were not on the list; whether the agent knew about all of them. One that began a
 /// moment ago may not have seen yet what its runtime has.
 fn is_sure_of_missing(plane: &Plane, node: &Node, listed: &HashSet<WorkloadId>) -> bool {
-    let is_missing = |record: &super::store::Record| {
+    let is_missing = |record: &Record| {
         record.node == node.name && record.is_known && !record.state.is_terminal() && !listed.contains(&record.workload.id)
     };
-    let missing = plane.store.page(None, usize::MAX, &is_missing).records;
+    let missing = plane.store.page(None, usize::MAX, is_missing).records;
     let asked = missing.iter().take_while(|_| !plane.stopping.is_set());
     let unsure = asked.filter(|record| !plane.inquire(record, None).1).count();
     unsure == 0

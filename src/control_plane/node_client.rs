@@ -168,6 +168,7 @@ fn is_idempotent(request: &Request) -> bool {
         | Request::Ping
         | Request::StartWorkload { .. }
         | Request::StopWorkload { .. }
+        | Request::UpdateWorkload { .. }
         | Request::Watch { .. } => true,
     }
 }

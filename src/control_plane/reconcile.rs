@@ -10,6 +10,9 @@
 //! ```
 //! Invariant: of all that changes one workload, one request is under way at a time: whoever sends it holds its [`Claim`].
 //! Invariant: dispatchers busy with one node <= `DISPATCHERS_PER_NODE_MAX`.
+//! Invariant: no start is sent of what was ever seen to run ([`Record::has_run`]). What was not is sent again when its agent says that
+//! it has no such workload; an agent says so only once it has listed its runtime, which keeps what it ever started.
+//! Invariant: no workload is deleted at an agent but one whose record says so; what an agent has and nobody here knows is left alone.
 //! Invariant: nothing here invents a state: what an agent did not say stays as old as its `observed_at`. The one exception is a
 //! workload that never ran and never will, which is Failed.
 
@@ -20,30 +23,34 @@ use crossbeam_channel::{Receiver, Sender, bounded, select};
 
 use super::Plane;
 use super::node_client::Error;
-use super::store::{Desired, Record};
+use super::store::Record;
 use crate::deadline::{Deadline, Stopwatch};
 use crate::limits;
 use crate::report::Chain;
 use crate::wire::Status;
 use crate::wire::agent::{ErrorCode, Reply, Request, Until};
-use crate::workload::{Name, Reason, State, WorkloadId};
+use crate::workload::{Desired, Name, Reason, State, WorkloadId};
 
 /// What an agent is to be told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Action {
     Delete,
+    /// Its labels.
+    Label,
     Start,
     Stop,
 }
 
 /// What is to be done for a workload; `None` where all is as desired.
 fn decide(record: &Record) -> Option<Action> {
+    // An agent may have the workload under its old labels although its answer was lost; a start under the new ones would be another.
+    let label = record.has_new_labels.then_some(Action::Label);
     match (record.desired, record.state) {
         (Desired::Deleted, _) => Some(Action::Delete),
-        (Desired::Run | Desired::Stopped, State::Succeeded | State::Failed) => None,
+        (Desired::Run | Desired::Stopped, State::Succeeded | State::Failed) => label,
         (Desired::Stopped, State::Pending | State::Running) => Some(Action::Stop),
-        (Desired::Run, State::Pending) if !record.is_known => Some(Action::Start),
-        (Desired::Run, State::Pending | State::Running) => None,
+        (Desired::Run, State::Pending) if !record.is_known && !record.has_run => label.or(Some(Action::Start)),
+        (Desired::Run, State::Pending | State::Running) => label,
     }
 }
 
@@ -59,9 +66,12 @@ fn plan<'a>(
 }
 
 /// Whether a workload that has not run never will. Whoever asks holds the claim, so that nothing else is on its way to the agent.
-fn verdict(action: Action, state: State, error: &Error) -> Option<Reason> {
+fn verdict(action: Action, record: &Record, error: &Error) -> Option<Reason> {
     let Error::Refused(refusal) = error else { return None };
-    match (action, state, refusal.code) {
+    if record.has_run {
+        return None;
+    }
+    match (action, record.state, refusal.code) {
         (Action::Stop, State::Pending, ErrorCode::NotFound) => Some(Reason::Stopped),
         // The rule will be broken the next time as well.
         (Action::Start, State::Pending, ErrorCode::AlreadyExists | ErrorCode::InvalidArgument | ErrorCode::PermissionDenied) => {
@@ -75,6 +85,10 @@ fn is_unknown(error: &Error) -> bool {
     matches!(error, Error::Refused(refusal) if refusal.code == ErrorCode::NotFound)
 }
 
+fn is_invalid(error: &Error) -> bool {
+    matches!(error, Error::Refused(refusal) if refusal.code == ErrorCode::InvalidArgument)
+}
+
 fn trouble_text(node: &Name, error: &Error) -> String {
     if is_unknown(error) { format!("{node}: the agent does not know it") } else { format!("{node}: {}", Chain(error)) }
 }
@@ -82,11 +96,24 @@ fn trouble_text(node: &Name, error: &Error) -> String {
 /// The thread `reconcile`: a pass every `RECONCILE_MS`.
 pub(super) fn run(plane: &Plane) {
     while !plane.stopping.wait(limits::RECONCILE_MS) {
-        let unsettled = plane.store.page(None, usize::MAX, &|record| decide(record).is_some()).records;
+        trim(plane);
+        let unsettled = plane.store.page(None, usize::MAX, |record| decide(record).is_some()).records;
         plane.dispatch.keep_attempts(&unsettled.iter().map(|record| &record.workload.id).collect());
         for (id, _) in plan(unsettled.iter().map(AsRef::as_ref), |node| plane.is_reachable(node), |id| plane.dispatch.is_due(id)) {
             plane.dispatch.nudge(id);
         }
+    }
+}
+
+/// Wishes away what ended longest ago and is more than is to be kept.
+fn trim(plane: &Plane) {
+    let surplus = plane.store.surplus(plane.history);
+    if surplus.is_empty() {
+        return;
+    }
+    match plane.store.wish_away(&surplus) {
+        Ok(()) => log::info!("{} ended workloads are more than the {} that are kept, and go", surplus.len(), plane.history),
+        Err(error) => log::warn!("ended workloads that are too many stay for now: {}", Chain(&error)),
     }
 }
 
@@ -123,12 +150,13 @@ impl Plane {
         }
         let result = match action {
             Action::Delete => self.delete(&record),
+            Action::Label => self.label(&record),
             Action::Start => self.start(&record).map(drop),
             Action::Stop => self.stop(&record),
         };
         let Err(error) = result else { return };
         log::warn!("{action:?} {id} on {}: {}", record.node, Chain(&error));
-        match verdict(action, record.state, &error) {
+        match verdict(action, &record, &error) {
             Some(reason) => {
                 let fail = |current: &Record| current.failed(reason, trouble_text(&record.node, &error));
                 drop(self.amend(&record, |current| (current.state == State::Pending).then(|| fail(current))));
@@ -157,6 +185,21 @@ impl Plane {
         self.take(record, reply).map(drop)
     }
 
+    /// Tells an agent all labels of a workload. Where there is no such workload there is nothing to tell: a start brings them along.
+    fn label(&self, record: &Arc<Record>) -> Result<(), Error> {
+        let labels = &record.workload.spec.labels;
+        let request = Request::UpdateWorkload { id: record.workload.id.clone(), labels: labels.clone() };
+        let result = self.ask(record, &request, limits::NODE_REQUEST_MS_MAX, "UpdateWorkload").and_then(|reply| self.take(record, reply));
+        // An agent of the version before has no such request. What it knows it will be told when it is replaced.
+        let is_settled = result.as_ref().map_or_else(|error| is_unknown(error) || (!record.is_known && is_invalid(error)), |_| true);
+        if is_settled {
+            let settled = |current: &Record| Record { has_new_labels: false, ..current.clone() };
+            self.amend(record, |current| (current.has_new_labels && current.workload.spec.labels == *labels).then(|| settled(current)));
+            self.dispatch.nudge(&record.workload.id);
+        }
+        result.map(drop)
+    }
+
     /// The agent answers at once, that it is gone or that it will be; its event on the end comes back here by a nudge.
     fn delete(&self, record: &Arc<Record>) -> Result<(), Error> {
         let id = &record.workload.id;
@@ -170,7 +213,7 @@ impl Plane {
         }
         match self.store.remove(id, record.born) {
             Ok(()) => log::info!("{id}: deleted"),
-            Err(error) => log::error!("{id}: cannot be forgotten: {error}"),
+            Err(error) => log::error!("{id}: cannot be forgotten: {}", Chain(&error)),
         }
         Ok(())
     }
@@ -228,18 +271,18 @@ impl Plane {
     pub(super) fn trouble(&self, record: &Arc<Record>, error: &Error) -> Option<Arc<Record>> {
         self.amend(record, |current| {
             // Sent again, unless it ever ran: then a second start could be a second run.
-            let is_known = current.is_known && !(is_unknown(error) && current.state == State::Pending);
+            let is_known = current.is_known && !(is_unknown(error) && current.state == State::Pending && !current.has_run);
             let next = || Record { is_known, ..current.troubled(trouble_text(&record.node, error)) };
             (!current.state.is_terminal()).then(next)
         })
     }
 
-    /// Changes the record that `of` is a moment of; `None` when it is gone.
-    pub(super) fn amend(&self, of: &Record, mut change: impl FnMut(&Record) -> Option<Record>) -> Option<Arc<Record>> {
+    /// Notes what is known now of the workload that `of` is a moment of; `None` when it is gone.
+    pub(super) fn amend(&self, of: &Record, change: impl FnOnce(&Record) -> Option<Record>) -> Option<Arc<Record>> {
         let id = &of.workload.id;
-        let result = self.store.update(id, &mut |current| if current.born == of.born { change(current) } else { None });
+        let result = self.store.note(id, |current| if current.born == of.born { change(current) } else { None });
         let current = result.unwrap_or_else(|error| {
-            log::error!("{id}: the store did not take a change: {error}");
+            log::error!("{id}: the store did not take a change: {}", Chain(&error));
             self.store.get(id)
         });
         current.filter(|current| current.born == of.born)
@@ -247,7 +290,7 @@ impl Plane {
 
     /// Nudges all that is to be done on a node that answers again.
     pub(super) fn nudge_all_on(&self, node: &Name) {
-        for record in self.store.page(None, usize::MAX, &|record| record.node == *node && decide(record).is_some()).records {
+        for record in self.store.page(None, usize::MAX, |record| record.node == *node && decide(record).is_some()).records {
             self.dispatch.nudge(&record.workload.id);
         }
     }

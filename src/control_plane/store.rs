@@ -1,156 +1,88 @@
-//! What the control plane has accepted: the trait [`Store`], and a store in memory.
+//! What the control plane has accepted, and what it knows: an index in memory ([`Store`]) over a file ([`disk`]).
 //!
-//! Every operation is one whole transition, so that a store on disk can make each a transaction. *Not here*: agents, HTTP.
+//! ```text
+//!   insert, wish, remove --> queue --> thread "store": batch, evaluate, one commit for all, publish --> answers
+//!   note (what agents say) --> publish at once --> dirty --> with the next commit, or one of its own within 200 ms
+//!   get, page, follow <-- what is published
+//! ```
+//! Every change is one whole transition. Only the thread `store` inserts, wishes and removes, so between a batch's evaluation and its
+//! publication nothing but what agents say can change, and that is in the other half of a record.
 //!
+//! Invariant: what a client wished is published, answered, sent to an agent or shown to anybody only after the commit that holds it;
+//! when the commit fails, nothing of it is published, and the rows it may have left are written again as they are published.
+//! Invariant: what an agent said is on disk within `STORE_LAZY_MS` while the disk works. What a crash takes, the agent says again.
 //! Invariant: records <= `STORE_WORKLOADS_MAX`, ended ones included.
-//! Invariant: a terminal state never changes, whatever an agent says ([`Record::observed`]).
-//! Invariant: a record is replaced, never changed in place; who holds one holds a moment of it.
+//! Invariant: revisions grow with every change published, and across restarts: a revision is told only below the mark on disk.
+//! *Not here*: agents, HTTP.
 
-use std::collections::BTreeMap;
+mod commit;
+pub(super) mod disk;
+mod record;
+pub(super) mod transfer;
+pub(super) mod watch;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::ops::Bound;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::path::Path;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
 
-use serde_json::{Map, Value};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded};
 
 use crate::deadline::Timestamp;
 use crate::limits;
-use crate::report::clip;
-use crate::wire::agent::Object;
-use crate::wire::status::{Placement, Status};
-use crate::wire::workload::to_map;
-use crate::workload::{Draft, Name, Phase, Reason, State, Workload, WorkloadId};
-
-/// What clients want of a workload.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Desired {
-    /// Gone, and forgotten.
-    Deleted,
-    /// Started once; its end is its own matter.
-    Run,
-    /// Ended, and remembered.
-    Stopped,
-}
-
-/// A workload, where it is placed, what is wanted of it, and the last truth about it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Record {
-    pub(super) workload: Arc<Workload>,
-    pub(super) node: Name,
-    pub(super) desired: Desired,
-    /// Its agent answered for it, and did not say since that it knows nothing of it.
-    pub(super) is_known: bool,
-    pub(super) state: State,
-    pub(super) status: Status,
-    /// The revision it was inserted at: tells it from an earlier or later one with the same id.
-    pub(super) born: u64,
-    /// Grows with every change the store takes.
-    pub(super) revision: u64,
-}
-
-impl Record {
-    /// A record of a workload that was placed just now.
-    pub(super) fn new(workload: Workload, node: Name, rejected: Map<String, Value>) -> Self {
-        let mut status = Status::accepted(Some(node.to_string()));
-        status.placement = Placement { rejected };
-        Self {
-            workload: Arc::new(workload),
-            node,
-            desired: Desired::Run,
-            is_known: false,
-            state: State::Pending,
-            status,
-            born: 0,
-            revision: 0,
-        }
-    }
-
-    /// Whether `draft` asks for this very workload; a class that a profile chose is not asked for.
-    pub(super) fn is_for(&self, draft: &Draft) -> bool {
-        let Workload { id, runtime_class, security_profile, spec } = &*self.workload;
-        draft.id.as_ref() == Some(id)
-            && draft.runtime_class.as_ref().is_none_or(|class| class == runtime_class)
-            && draft.security_profile == *security_profile
-            && draft.spec == *spec
-    }
-
-    /// The record after its agent said this; `None` when it contradicts what is known already, or is older and no step forward.
-    pub(super) fn observed(&self, state: State, status: Status) -> Option<Self> {
-        let is_no_news = self.is_known && is_stale(&status, &self.status) && state <= self.state;
-        if is_no_news || !self.state.may_become(state) {
-            return None;
-        }
-        // Who placed it when, and why there, is known here and not there.
-        let placed = Status {
-            node: Some(self.node.to_string()),
-            created_at: self.status.created_at,
-            placement: self.status.placement.clone(),
-            ..status
-        };
-        Some(Self { is_known: true, ..self.with(state, placed) })
-    }
-
-    /// The record with the last thing that went wrong; the truth stays as old as it is.
-    pub(super) fn troubled(&self, error: String) -> Self {
-        self.with(self.state, Status { last_error: Some(clip(error, limits::MESSAGE_BYTES_MAX)), ..self.status.clone() })
-    }
-
-    /// The record, failed without ever having run.
-    pub(super) fn failed(&self, reason: Reason, message: String) -> Self {
-        let now = Timestamp::now();
-        let message = Some(clip(message, limits::MESSAGE_BYTES_MAX));
-        let status = Status { reason: Some(reason), message, phase: None, finished_at: Some(now), observed_at: now, ..self.status.clone() };
-        self.with(State::Failed, status)
-    }
-
-    fn with(&self, state: State, status: Status) -> Self {
-        let Self { workload, node, desired, is_known, born, revision, .. } = self;
-        let (workload, node) = (Arc::clone(workload), node.clone());
-        Self { workload, node, desired: *desired, is_known: *is_known, state, status, born: *born, revision: *revision }
-    }
-
-    /// As every answer shows it.
-    pub(super) fn object(&self) -> Object {
-        let mut status = Box::new(self.status.clone());
-        let is_ending = match self.desired {
-            Desired::Deleted => true,
-            Desired::Run => false,
-            Desired::Stopped => !self.state.is_terminal(),
-        };
-        if is_ending {
-            status.phase = Some(Phase::Stopping);
-        }
-        Object { state: self.state, status, spec: to_map(&self.workload) }
-    }
-}
-
-/// An event may arrive behind the answer to a later question. A node whose clock was set back is believed again after a minute.
-fn is_stale(new: &Status, old: &Status) -> bool {
-    const CLOCK_SET_BACK_MS: u64 = 60_000;
-    new.observed_at < old.observed_at && new.observed_at >= old.observed_at.minus_ms(CLOCK_SET_BACK_MS)
-}
+use crate::workload::{Desired, State, WorkloadId};
+use commit::{Act, Order, Outcome};
+use disk::{Disk, Loaded, StoreFile};
+pub(super) use record::{LabelPatch, Record, Wish};
+use watch::{Change, History, Kept, Next};
 
 /// Why the store did not take a change.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub(super) enum Error {
+    /// It is closed, or its thread is gone.
+    Closed,
+    /// The disk did not take it.
+    Disk(Arc<disk::Error>),
     /// It keeps as many workloads as it may.
     Full,
+    /// The workload would have more labels than it may.
+    Labels,
+    /// All revisions that are reserved are used up, and the disk takes no reservation.
+    Revisions,
+    /// The disk did not answer in time; the change may be made yet.
+    Slow,
 }
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Full => write!(f, "{} workloads are kept, ended ones included; delete some", limits::STORE_WORKLOADS_MAX),
+            Self::Closed => f.write_str("the store is closed"),
+            Self::Disk(error) if error.is_full() => f.write_str("the disk of the control plane is full"),
+            Self::Disk(_) => f.write_str("the disk of the control plane failed"),
+            Self::Full => write!(f, "the control plane keeps at most {} workloads; delete some that ended", limits::STORE_WORKLOADS_MAX),
+            Self::Labels => write!(f, "a workload has at most {} labels", limits::LABELS_MAX),
+            Self::Revisions => f.write_str("the disk of the control plane takes nothing"),
+            Self::Slow => f.write_str("the disk of the control plane did not answer in time; the change may be made yet"),
         }
     }
 }
 
-impl std::error::Error for Error {}
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Self::Disk(error) => Some(error.as_ref()),
+            Self::Closed | Self::Full | Self::Labels | Self::Revisions | Self::Slow => None,
+        }
+    }
+}
 
 /// What became of an insertion.
 #[derive(Debug)]
 pub(super) enum Insertion {
-    /// The id is taken, by this.
+    /// The id is taken by this one.
     Existing(Arc<Record>),
     /// It is kept.
     Inserted(Arc<Record>),
@@ -162,220 +94,282 @@ pub(super) struct Page {
     pub(super) records: Vec<Arc<Record>>,
     /// Whether more would have followed.
     pub(super) has_more: bool,
+    /// The revision of the last change before that moment.
+    pub(super) revision: u64,
 }
 
 /// Keeps records.
-pub(super) trait Store: Send + Sync {
-    /// Keeps a record, unless its id is taken.
-    fn insert(&self, record: Record) -> Result<Insertion, Error>;
-
-    /// The record of this id.
-    fn get(&self, id: &WorkloadId) -> Option<Arc<Record>>;
-
-    /// Replaces a record by what `change` makes of it, or leaves it where that is `None`; the record as it is then.
-    fn update(&self, id: &WorkloadId, change: &mut dyn FnMut(&Record) -> Option<Record>) -> Result<Option<Arc<Record>>, Error>;
-
-    /// Forgets the record of this id that was inserted at revision `born`, if it is still there.
-    fn remove(&self, id: &WorkloadId, born: u64) -> Result<(), Error>;
-
-    /// The first `limit` records behind `after` that pass `filter`.
-    fn page(&self, after: Option<&WorkloadId>, limit: usize, filter: &dyn Fn(&Record) -> bool) -> Page;
-
-    /// How many there are in each state.
-    fn counts(&self) -> Vec<(State, usize)>;
+#[derive(Debug)]
+pub(super) struct Store {
+    shared: Arc<Shared>,
+    /// Dropped to close.
+    orders: Mutex<Option<Sender<Order>>>,
+    /// Becomes disconnected when the thread is done.
+    done: Receiver<()>,
+    thread: Mutex<Option<JoinHandle<()>>>,
 }
 
-/// A store that forgets everything with its process.
-#[derive(Debug, Default)]
-pub(super) struct MemoryStore(Mutex<Kept>);
+/// What the store's thread and all others see.
+#[derive(Debug)]
+struct Shared {
+    index: Mutex<Index>,
+    /// Notified at every change, and at the close.
+    changed: Condvar,
+    /// Tells the thread that there is something to be written sometime.
+    poke: Sender<()>,
+}
 
-#[derive(Debug, Default)]
-struct Kept {
+#[derive(Debug)]
+struct Index {
     records: BTreeMap<WorkloadId, Arc<Record>>,
     revision: u64,
+    /// On disk: revisions up to this may be told.
+    reserved: u64,
+    /// Whose rows on disk are not as they are here.
+    dirty: BTreeSet<WorkloadId>,
+    history: History,
+    followers: usize,
+    is_closed: bool,
+    /// Why the last commit failed.
+    trouble: Option<String>,
 }
 
-impl MemoryStore {
-    fn lock(&self) -> MutexGuard<'_, Kept> {
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Index> {
         // A panic in `change` or `filter` leaves the map as it was.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.index.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn poke(&self) {
+        match self.poke.try_send(()) {
+            // One is as good as many; and without the thread nothing is written any more.
+            Ok(()) | Err(TrySendError::Full(()) | TrySendError::Disconnected(())) => {}
+        }
     }
 }
 
-impl Store for MemoryStore {
-    fn insert(&self, mut record: Record) -> Result<Insertion, Error> {
-        let mut kept = self.lock();
-        if let Some(existing) = kept.records.get(&record.workload.id) {
-            return Ok(Insertion::Existing(Arc::clone(existing)));
-        }
-        if kept.records.len() >= limits::STORE_WORKLOADS_MAX {
-            return Err(Error::Full);
-        }
-        kept.revision += 1;
-        (record.born, record.revision) = (kept.revision, kept.revision);
-        let record = Arc::new(record);
-        kept.records.insert(record.workload.id.clone(), Arc::clone(&record));
-        Ok(Insertion::Inserted(record))
+impl Index {
+    /// Replaces, inserts or removes the record of an id, under the next revision.
+    fn publish(&mut self, id: &WorkloadId, after: Option<Record>) -> Option<Arc<Record>> {
+        self.revision += 1;
+        let revision = self.revision;
+        let after = after.map(|record| Arc::new(Record { revision, ..record }));
+        let before = match &after {
+            Some(record) => self.records.insert(id.clone(), Arc::clone(record)),
+            None => self.records.remove(id),
+        };
+        self.history.push(Change { revision, time: Timestamp::now(), before, after: after.clone() });
+        after
+    }
+}
+
+impl Store {
+    /// Opens the store of a data directory, or makes one.
+    ///
+    /// # Errors
+    /// [`disk::Error`]
+    pub(super) fn open(dir: &Path) -> Result<Self, disk::Error> {
+        let (file, loaded) = StoreFile::open_or_make(dir)?;
+        log::info!("the store in {} has {} workloads", dir.display(), loaded.records.len());
+        Self::start(file, loaded)
     }
 
-    fn get(&self, id: &WorkloadId) -> Option<Arc<Record>> {
-        self.lock().records.get(id).map(Arc::clone)
+    /// A store that forgets everything with its process.
+    #[cfg(test)]
+    pub(super) fn forgetful() -> Self {
+        Self::start(disk::NoDisk, Loaded::default()).expect("a thread")
     }
 
-    fn update(&self, id: &WorkloadId, change: &mut dyn FnMut(&Record) -> Option<Record>) -> Result<Option<Arc<Record>>, Error> {
-        let mut kept = self.lock();
-        let Kept { records, revision } = &mut *kept;
-        let Some(record) = records.get_mut(id) else { return Ok(None) };
-        if let Some(next) = change(record) {
-            *revision += 1;
-            *record = Arc::new(Record { revision: *revision, ..next });
+    fn start(disk: impl Disk + 'static, loaded: Loaded) -> Result<Self, disk::Error> {
+        let Loaded { records, revision } = loaded;
+        let records = records.into_iter().map(|stored| (stored.workload.id.clone(), Arc::new(Record::loaded(stored, revision))));
+        let (poke, poked) = bounded(1);
+        let index = Index {
+            records: records.collect(),
+            revision,
+            // Nothing can be told until the first commit has reserved more.
+            reserved: revision,
+            dirty: BTreeSet::new(),
+            history: History::since(revision),
+            followers: 0,
+            is_closed: false,
+            trouble: None,
+        };
+        let shared = Arc::new(Shared { index: Mutex::new(index), changed: Condvar::new(), poke });
+        let (orders, ordered) = bounded(limits::STORE_QUEUE_MAX);
+        let (is_done, done) = bounded(0);
+        let thread = commit::start(disk, Arc::clone(&shared), ordered, poked, is_done).map_err(disk::Error::Thread)?;
+        Ok(Self { shared, orders: Mutex::new(Some(orders)), done, thread: Mutex::new(Some(thread)) })
+    }
+
+    /// Writes what is not on disk yet, and closes. Whoever asks for a change from now on hears that.
+    pub(super) fn close(&self) {
+        self.orders.lock().unwrap_or_else(PoisonError::into_inner).take();
+        self.shared.lock().is_closed = true;
+        self.shared.changed.notify_all();
+        if self.done.recv_timeout(Duration::from_millis(limits::STORE_CLOSE_MS)) == Err(RecvTimeoutError::Timeout) {
+            log::error!("the disk of the store does not answer; what agents said last may not be on it");
+            return;
         }
-        Ok(Some(Arc::clone(record)))
-    }
-
-    fn remove(&self, id: &WorkloadId, born: u64) -> Result<(), Error> {
-        let mut kept = self.lock();
-        if kept.records.get(id).is_some_and(|record| record.born == born) {
-            kept.records.remove(id);
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if thread.is_some_and(|thread| thread.join().is_err()) {
+            log::error!("thread store had panicked");
         }
-        Ok(())
     }
 
-    fn page(&self, after: Option<&WorkloadId>, limit: usize, filter: &dyn Fn(&Record) -> bool) -> Page {
-        let kept = self.lock();
+    /// Keeps a record, unless its id is taken.
+    pub(super) fn insert(&self, record: Record) -> Result<Insertion, Error> {
+        match self.order(Act::Insert(Box::new(record)))? {
+            Outcome::Inserted(record) => Ok(Insertion::Inserted(record)),
+            Outcome::Existing(record) => Ok(Insertion::Existing(record)),
+            Outcome::Gone | Outcome::Refused => Err(Error::Full),
+        }
+    }
+
+    /// Does as a client wishes; the record as it is then, or `None` when there is none that was inserted at `born`.
+    pub(super) fn wish(&self, id: &WorkloadId, born: u64, wish: Wish) -> Result<Option<Arc<Record>>, Error> {
+        match self.order(Act::Wish { id: id.clone(), born, wish })? {
+            Outcome::Inserted(record) | Outcome::Existing(record) => Ok(Some(record)),
+            Outcome::Gone => Ok(None),
+            Outcome::Refused => Err(Error::Labels),
+        }
+    }
+
+    /// Forgets the record of this id that was inserted at `born`, if it is still there.
+    pub(super) fn remove(&self, id: &WorkloadId, born: u64) -> Result<(), Error> {
+        self.order(Act::Remove { id: id.clone(), born }).map(drop)
+    }
+
+    /// Wishes several workloads away, with one commit if it can be.
+    pub(super) fn wish_away<'a>(&self, records: impl IntoIterator<Item = &'a Arc<Record>>) -> Result<(), Error> {
+        let act = |record: &Arc<Record>| Act::Wish { id: record.workload.id.clone(), born: record.born, wish: Wish::Delete };
+        let waiting = records.into_iter().map(|record| self.begin(act(record))).collect::<Result<Vec<_>, _>>()?;
+        waiting.iter().try_for_each(|waiting| await_answer(waiting).map(drop))
+    }
+
+    fn order(&self, act: Act) -> Result<Outcome, Error> {
+        await_answer(&self.begin(act)?)
+    }
+
+    fn begin(&self, act: Act) -> Result<Receiver<Result<Outcome, Error>>, Error> {
+        let orders = self.orders.lock().unwrap_or_else(PoisonError::into_inner).clone().ok_or(Error::Closed)?;
+        let (answer, waiting) = bounded(1);
+        let order = Order { act, answer };
+        orders.send_timeout(order, Duration::from_millis(limits::STORE_MS_MAX)).map_err(|error| match error {
+            crossbeam_channel::SendTimeoutError::Timeout(_) => Error::Slow,
+            crossbeam_channel::SendTimeoutError::Disconnected(_) => Error::Closed,
+        })?;
+        Ok(waiting)
+    }
+
+    /// The record of this id.
+    pub(super) fn get(&self, id: &WorkloadId) -> Option<Arc<Record>> {
+        self.shared.lock().records.get(id).map(Arc::clone)
+    }
+
+    /// Notes what is known of a workload, as `change` makes it of the record, or leaves it where that is `None`; the record as it is
+    /// then. What is wished stays as it is, whatever `change` makes of it.
+    pub(super) fn note(&self, id: &WorkloadId, change: impl FnOnce(&Record) -> Option<Record>) -> Result<Option<Arc<Record>>, Error> {
+        let mut index = self.shared.lock();
+        let Some(current) = index.records.get(id).map(Arc::clone) else { return Ok(None) };
+        let Some(next) = change(&current) else { return Ok(Some(current)) };
+        if index.revision >= index.reserved {
+            self.shared.poke();
+            return Err(Error::Revisions);
+        }
+        let Record { workload, node, desired, born, .. } = current.as_ref().clone();
+        let after = index.publish(id, Some(Record { workload, node, desired, born, ..next }));
+        index.dirty.insert(id.clone());
+        drop(index);
+        self.shared.poke();
+        self.shared.changed.notify_all();
+        Ok(after)
+    }
+
+    /// The first `limit` records behind `after` that pass `filter`.
+    pub(super) fn page(&self, after: Option<&WorkloadId>, limit: usize, filter: impl Fn(&Record) -> bool) -> Page {
+        let index = self.shared.lock();
         let start = after.map_or(Bound::Unbounded, Bound::Excluded);
-        let mut passing = kept.records.range::<WorkloadId, _>((start, Bound::Unbounded)).map(|(_, record)| record).filter(|r| filter(r));
+        let mut passing = index.records.range::<WorkloadId, _>((start, Bound::Unbounded)).map(|(_, record)| record).filter(|r| filter(r));
         let records = passing.by_ref().take(limit).map(Arc::clone).collect();
-        Page { records, has_more: passing.next().is_some() }
+        Page { records, has_more: passing.next().is_some(), revision: index.history.kept().newest }
     }
 
-    fn counts(&self) -> Vec<(State, usize)> {
-        let kept = self.lock();
-        let count = |state: &State| (*state, kept.records.values().filter(|record| record.state == *state).count());
+    /// How many there are in each state.
+    pub(super) fn counts(&self) -> Vec<(State, usize)> {
+        let index = self.shared.lock();
+        let count = |state: &State| (*state, index.records.values().filter(|record| record.state == *state).count());
         State::ALL.iter().map(count).collect()
+    }
+
+    /// Which ended workloads are too many, the first that ended first.
+    pub(super) fn surplus(&self, history: usize) -> Vec<Arc<Record>> {
+        let is_ended = |record: &Record| record.state.is_terminal() && record.desired != Desired::Deleted;
+        let mut ended = self.page(None, usize::MAX, is_ended).records;
+        let surplus = ended.len().saturating_sub(history);
+        if surplus > 0 {
+            ended.sort_by_key(|record| record.status.finished_at.unwrap_or(record.status.observed_at));
+        }
+        ended.truncate(surplus);
+        ended
+    }
+
+    /// Which revisions a follower can go on from.
+    pub(super) fn kept(&self) -> Kept {
+        self.shared.lock().history.kept()
+    }
+
+    /// Why nothing can be accepted now.
+    pub(super) fn trouble(&self) -> Option<String> {
+        let index = self.shared.lock();
+        if index.is_closed { Some("it is closed".into()) } else { index.trouble.clone() }
+    }
+
+    /// A place among the followers; `None` when there are as many as there may be.
+    pub(super) fn follow(self: &Arc<Self>) -> Option<Follower> {
+        let mut index = self.shared.lock();
+        if index.followers >= limits::FOLLOWERS_MAX {
+            return None;
+        }
+        index.followers += 1;
+        Some(Follower(Arc::clone(self)))
+    }
+
+    /// How many follow.
+    pub(super) fn followers(&self) -> usize {
+        self.shared.lock().followers
+    }
+}
+
+fn await_answer(waiting: &Receiver<Result<Outcome, Error>>) -> Result<Outcome, Error> {
+    waiting.recv_timeout(Duration::from_millis(limits::STORE_MS_MAX)).unwrap_or_else(|error| match error {
+        RecvTimeoutError::Timeout => Err(Error::Slow),
+        RecvTimeoutError::Disconnected => Err(Error::Closed),
+    })
+}
+
+/// Somebody who is told every change.
+#[derive(Debug)]
+pub(super) struct Follower(Arc<Store>);
+
+impl Follower {
+    /// The first changes after `revision`; waits up to `ms` for one.
+    pub(super) fn next(&self, revision: u64, ms: u64) -> Next {
+        let mut index = self.0.shared.lock();
+        if index.history.kept().newest == revision && !index.is_closed {
+            // Woken for nothing it returns with nothing, and is asked again.
+            let waited = self.0.shared.changed.wait_timeout(index, Duration::from_millis(ms));
+            index = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        index.history.after(revision)
+    }
+}
+
+impl Drop for Follower {
+    fn drop(&mut self) {
+        self.0.shared.lock().followers -= 1;
     }
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
-    use super::*;
-    use crate::wire::{json, workload};
-
-    /// A draft of this body.
-    pub(crate) fn draft(body: &str) -> Draft {
-        json::parse(body.as_bytes()).and_then(workload::draft).expect("a workload")
-    }
-
-    /// A record of a workload of this id on node-1.
-    pub(crate) fn record(id: &str) -> Record {
-        let name = |text| Name::new(text).expect("a name");
-        let workload = draft(r#"{"image":"busybox"}"#).resolve(WorkloadId::new(id).expect("an id"), name("gvisor"));
-        Record::new(workload, name("node-1"), Map::new())
-    }
-
-    fn id(text: &str) -> WorkloadId {
-        WorkloadId::new(text).expect("an id")
-    }
-
-    fn inserted(store: &MemoryStore, id: &str) -> Arc<Record> {
-        match store.insert(record(id)) {
-            Ok(Insertion::Inserted(record)) => record,
-            other => panic!("{other:?}"),
-        }
-    }
-
-    #[test]
-    fn an_id_is_taken_once_and_free_again_when_removed() {
-        let store = MemoryStore::default();
-        let first = inserted(&store, "a");
-        assert!(matches!(store.insert(record("a")), Ok(Insertion::Existing(r)) if r == first));
-        store.remove(&id("a"), first.born).expect("removed");
-        let second = inserted(&store, "a");
-        store.remove(&id("a"), first.born).expect("another one is there");
-        assert_eq!(store.get(&id("a")), Some(second));
-    }
-
-    #[test]
-    fn a_store_is_full_at_its_limit() {
-        let store = MemoryStore::default();
-        for i in 0..limits::STORE_WORKLOADS_MAX {
-            inserted(&store, &format!("w{i}"));
-        }
-        assert_eq!(store.insert(record("more")).map(|_| ()), Err(Error::Full));
-        assert!(matches!(store.insert(record("w7")), Ok(Insertion::Existing(_))));
-        assert_eq!(
-            store.counts(),
-            [(State::Pending, limits::STORE_WORKLOADS_MAX), (State::Running, 0), (State::Succeeded, 0), (State::Failed, 0)]
-        );
-    }
-
-    #[test]
-    fn pages_follow_each_other() {
-        let store = MemoryStore::default();
-        for name in ["a", "b", "c", "d"] {
-            inserted(&store, name);
-        }
-        let check = |after: Option<&str>, limit, skip: &str, expect: &[&str], has_more| {
-            let after = after.map(id);
-            let page = store.page(after.as_ref(), limit, &|r| r.workload.id.as_str() != skip);
-            let ids: Vec<&str> = page.records.iter().map(|r| r.workload.id.as_str()).collect();
-            assert_eq!((ids.as_slice(), page.has_more), (expect, has_more));
-        };
-        check(None, 2, "", &["a", "b"], true);
-        check(Some("b"), 2, "", &["c", "d"], false);
-        check(Some("a"), 2, "d", &["b", "c"], false);
-        check(Some("bb"), 9, "", &["c", "d"], false);
-        check(Some("d"), 9, "", &[], false);
-    }
-
-    #[test]
-    fn a_change_is_whole_or_not_at_all() {
-        let store = MemoryStore::default();
-        let before = inserted(&store, "a");
-        let unchanged = store.update(&id("a"), &mut |_| None).expect("stored");
-        assert_eq!(unchanged, Some(Arc::clone(&before)));
-        let after = store.update(&id("a"), &mut |r| Some(Record { desired: Desired::Stopped, ..r.clone() }));
-        let after = after.expect("stored").expect("there");
-        assert_eq!((after.desired, after.born), (Desired::Stopped, before.born));
-        assert!(after.revision > before.revision);
-        assert_eq!(store.update(&id("b"), &mut |_| panic!("nothing to change")), Ok(None));
-    }
-
-    #[test]
-    fn terminal_stays_and_old_news_is_no_news() {
-        let at = |text: &str| Status { observed_at: Timestamp::parse(text).expect("a time"), ..Status::accepted(None) };
-        let fresh = record("a");
-        // The agent's clock may be behind ours, so the first word of it always counts.
-        let running = fresh.observed(State::Running, at("2020-01-01T00:00:10Z")).expect("news");
-        assert_eq!((running.is_known, running.status.created_at), (true, fresh.status.created_at));
-        assert_eq!(running.status.node.as_deref(), Some("node-1"));
-        assert_eq!(running.observed(State::Pending, at("2020-01-01T00:00:09Z")), None);
-        assert!(running.observed(State::Failed, at("2020-01-01T00:00:09Z")).is_some(), "an end is an end");
-        assert!(running.observed(State::Running, at("2019-01-01T00:00:00Z")).is_some(), "the clock was set back");
-        let ended = running.observed(State::Failed, at("2020-01-01T00:00:11Z")).expect("news");
-        assert_eq!(ended.observed(State::Running, at("2020-01-01T00:00:12Z")), None);
-        assert_eq!(ended.observed(State::Succeeded, at("2020-01-01T00:00:12Z")), None);
-    }
-
-    #[test]
-    fn the_same_workload_is_recognised_however_its_class_was_chosen() {
-        let name = |text| Name::new(text).ok();
-        let by_profile = draft(r#"{"id":"a","image":"busybox","security_profile":"internal"}"#);
-        let workload = by_profile.clone().resolve(id("a"), name("gvisor").expect("a name"));
-        let record = Record::new(workload, name("n").expect("a name"), Map::new());
-        assert!(record.is_for(&by_profile));
-        assert!(record.is_for(&Draft { runtime_class: name("gvisor"), ..by_profile.clone() }));
-        assert!(!record.is_for(&Draft { runtime_class: name("native"), ..by_profile.clone() }));
-        assert!(!record.is_for(&Draft { security_profile: None, ..by_profile }));
-        assert!(!record.is_for(&draft(r#"{"id":"a","image":"busybox:2","security_profile":"internal"}"#)));
-    }
-
-    #[test]
-    fn what_is_ending_says_so() {
-        let phase = |desired, state| Record { desired, state, ..record("a") }.object().status.phase;
-        assert_eq!(phase(Desired::Run, State::Running), None);
-        assert_eq!(phase(Desired::Stopped, State::Running), Some(Phase::Stopping));
-        assert_eq!(phase(Desired::Stopped, State::Failed), None);
-        assert_eq!(phase(Desired::Deleted, State::Failed), Some(Phase::Stopping));
-    }
-}
+pub(super) mod tests;

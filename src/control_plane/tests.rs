@@ -7,8 +7,9 @@ use std::thread;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::deadline::Stopwatch;
-use crate::wire::agent::{ErrorCode, Reply};
+use crate::deadline::{Stopwatch, Timestamp};
+use crate::net::line::LineReader;
+use crate::wire::agent::{ErrorCode, Object, Reply};
 use crate::workload::State;
 use world::{Fault, World, eventually, refusal, soon, workload};
 
@@ -111,7 +112,7 @@ fn what_cannot_be_placed_is_not_accepted() {
     let (status, problem) = world.json("POST", "/workloads", r#"{"image":"a","runtime_class":"native","security_profile":"untrusted"}"#);
     assert_eq!((status, &problem["code"]), (403, &json!("policy_denied")));
     assert_eq!(problem["detail"], "security profile untrusted allows only edera-zone, kata");
-    assert_eq!(world.json("GET", "/workloads", "").1, json!({"items": [], "continue": null}));
+    assert_eq!(world.json("GET", "/workloads", "").1["items"], json!([]));
     world.end();
 }
 
@@ -345,5 +346,280 @@ fn nodes_are_shown_as_their_agents_describe_them() {
     let (_, metrics) = world.ask("GET", "/metrics", "");
     assert!(metrics.contains("\nkakuri_node_ready{node=\"node-1\"} 1\n"), "{metrics}");
     assert!(metrics.contains("\nkakuri_workloads{state=\"Running\"} 0\n"), "{metrics}");
+    world.end();
+}
+
+#[test]
+fn labels_are_changed_here_and_at_the_agent() {
+    let mut world = World::new();
+    world.post("a");
+    let (status, object) = world.json("PATCH", "/workloads/a", r#"{"labels":{"app":null,"tier":"web","x/y":"1"}}"#);
+    assert_eq!((status, &object["labels"]), (200, &json!({"tier": "web", "x/y": "1"})));
+    let labels_there = |world: &World| world.agent.lock().workloads["a"].spec.get("labels").cloned().unwrap_or_default();
+    eventually("the agent knows them", || labels_there(&world) == json!({"tier": "web", "x/y": "1"}));
+    // The workload as it is now is the same workload.
+    let now = json!({"id": "a", "image": "busybox", "runtime_class": "gvisor", "labels": {"tier": "web", "x/y": "1"}});
+    assert_eq!(world.status("POST", "/workloads", &now.to_string()), 200);
+    assert_eq!(world.status("POST", "/workloads", &workload("a").to_string()), 409);
+
+    world.stop_agent();
+    assert_eq!(world.json("PATCH", "/workloads/a", r#"{"labels":null}"#).1["labels"], Value::Null);
+    world.start_agent();
+    eventually("the agent hears of it when it is back", || labels_there(&world) == json!({}));
+    // One that was started anew has the labels of the start.
+    world.stop_agent();
+    world.agent.lock().workloads.get_mut("a").expect("there").spec.insert("labels".into(), json!({"old": "1"}));
+    world.start_agent();
+    eventually("and of what it forgot", || labels_there(&world) == json!({}));
+
+    let check = |body: &str, status: u16, code: &str, pointer: Option<&str>| {
+        let (seen, problem) = world.json("PATCH", "/workloads/a", body);
+        assert_eq!((seen, problem["code"].as_str()), (status, Some(code)), "{problem}");
+        assert_eq!(problem["errors"][0]["pointer"].as_str(), pointer, "{problem}");
+    };
+    check("{", 400, "bad_json", Some(""));
+    check("[]", 422, "invalid_patch", Some(""));
+    check(r#"{"image":"b"}"#, 422, "invalid_patch", Some("/image"));
+    check(r#"{"a/b~c":1}"#, 422, "invalid_patch", Some("/a~1b~0c"));
+    check(r#"{"labels":{"a":1}}"#, 422, "invalid_patch", Some("/labels/a"));
+    check(r#"{"labels":{"a b":"x"}}"#, 422, "invalid_patch", Some("/labels/a b"));
+    check(r#"{"labels":[]}"#, 422, "invalid_patch", Some("/labels"));
+    let many = |from: usize, n: usize| json!({"labels": (from..from + n).map(|i| (format!("l{i}"), json!("x"))).collect::<serde_json::Map<_, _>>()});
+    assert_eq!(world.status("PATCH", "/workloads/a", &many(0, limits::LABELS_MAX).to_string()), 200);
+    check(&many(1000, 1).to_string(), 422, "too_many_labels", None);
+    assert_eq!(world.status("PATCH", "/workloads/b", r#"{"labels":{}}"#), 404);
+    world.end();
+}
+
+#[test]
+fn labels_change_before_the_agent_ever_answered() {
+    let mut world = World::new();
+    world.stop_agent();
+    let view = |world: &World| world.running.plane.nodes.values().next().expect("a node").view();
+    eventually("the node is lost", || !view(&world).is_reachable);
+    world.start_agent();
+    // The agent takes the start, and its answer is lost, twice.
+    world.agent.fail("StartWorkload", Fault::Close);
+    world.agent.fail("StartWorkload", Fault::Close);
+    let mut lost = Object { state: State::Pending, status: Box::new(crate::wire::Status::accepted(None)), spec: serde_json::Map::new() };
+    lost.spec = workload("a").as_object().expect("an object").clone();
+    world.agent.lock().workloads.insert("a".into(), lost);
+    world.agent.fail("GetStatus", refusal(ErrorCode::Unavailable));
+    assert_eq!(world.status("POST", "/workloads", &workload("a").to_string()), 201);
+    assert_eq!(world.status("PATCH", "/workloads/a", r#"{"labels":{"new":"1"}}"#), 200);
+    eventually("it has them", || world.agent.lock().workloads["a"].spec["labels"]["new"] == "1");
+    assert_eq!(world.get("a")["state"], "Pending");
+    world.end();
+}
+
+#[test]
+fn what_ran_is_never_started_again_not_even_between_two_attempts() {
+    let mut world = World::new();
+    world.post("a");
+    world.agent.set("a", State::Running, |_| {});
+    assert_eq!(world.get("a")["state"], "Running");
+    // The agent starts it again by its own policy, and then loses all it knows.
+    world.agent.set("a", State::Pending, |status| (status.attempt, status.restarts) = (1, 1));
+    assert_eq!((&world.get("a")["state"], &world.get("a")["status"]["restarts"]), (&json!("Pending"), &json!(1)));
+    world.stop_agent();
+    world.agent.lock().workloads.clear();
+    world.start_agent();
+    eventually("the loss is noted", || world.get("a")["status"]["last_error"] == "node-1: the agent does not know it");
+    assert_eq!(world.status("POST", "/workloads/a/stop", ""), 202);
+    eventually("a stop is sent", || world.agent.asked("StopWorkload a") > 0);
+    assert_eq!(world.get("a")["state"], "Pending", "how it ended nobody knows");
+    assert_eq!(world.agent.asked("StartWorkload a"), 1);
+    world.end();
+}
+
+#[test]
+fn what_nobody_here_placed_is_left_alone_and_shown() {
+    let mut world = World::new();
+    world.stop_agent();
+    let mut other = Object { state: State::Running, status: Box::new(crate::wire::Status::accepted(None)), spec: serde_json::Map::new() };
+    other.spec.insert("id".into(), json!("theirs"));
+    world.agent.lock().workloads.insert("theirs".into(), other);
+    world.start_agent();
+    let strangers = |world: &World| world.json("GET", "/nodes/node-1", "").1["strangers"].clone();
+    eventually("it is seen", || strangers(&world) == json!(1));
+    let (_, metrics) = world.ask("GET", "/metrics", "");
+    assert!(metrics.contains("\nkakuri_node_strangers{node=\"node-1\"} 1\n"), "{metrics}");
+    world.post("ours");
+    assert_eq!(world.status("DELETE", "/workloads/ours", ""), 202);
+    eventually("ours is gone", || world.status("GET", "/workloads/ours", "") == 404);
+    assert!(world.agent.lock().workloads.contains_key("theirs"));
+    assert_eq!((world.agent.asked("DeleteWorkload theirs"), world.agent.asked("StopWorkload theirs")), (0, 0));
+    world.agent.forget("theirs");
+    eventually("it is gone", || strangers(&world) == json!(0));
+    world.end();
+}
+
+#[test]
+fn what_ended_first_makes_room() {
+    let world = World::with_history(2);
+    for id in ["a", "b", "c", "d", "e"] {
+        world.post(id);
+    }
+    for (second, id) in ["d", "b", "a", "c"].into_iter().enumerate() {
+        let ended = format!("2026-01-01T00:00:0{second}Z");
+        world.agent.set(id, State::Succeeded, |status| status.finished_at = Timestamp::parse(&ended));
+    }
+    let ids = |world: &World| {
+        let page = world.json("GET", "/workloads", "").1;
+        page["items"].as_array().expect("items").iter().filter_map(|item| item["id"].as_str()).collect::<Vec<_>>().join(" ")
+    };
+    eventually("two of those that ended are left, and what runs", || ids(&world) == "a c e");
+    let there: Vec<String> = world.agent.lock().workloads.keys().cloned().collect();
+    assert_eq!(there, ["a", "c", "e"], "at the agent too");
+    world.end();
+}
+
+/// Reads `GET /events` line by line.
+struct Events(Stream, LineReader);
+
+impl Events {
+    fn of(world: &World, target: &str, headers: &str) -> Self {
+        let mut stream = Stream::connect(world.http.address(), soon()).expect("connected");
+        stream.write_all(format!("GET {target} HTTP/1.0\r\n{headers}\r\n").as_bytes(), soon()).expect("written");
+        let mut events = Self(stream, LineReader::new(limits::LINE_BYTES_MAX, 5000));
+        let head = events.text();
+        assert!(head.starts_with("HTTP/1.1 200 "), "{head}");
+        while !events.text().trim().is_empty() {}
+        events
+    }
+
+    fn text(&mut self) -> String {
+        let line = self.1.next(&mut self.0, soon()).expect("a line").expect("not the end");
+        String::from_utf8(line.to_vec()).expect("text")
+    }
+
+    fn next(&mut self) -> Value {
+        serde_json::from_str(&self.text()).expect("JSON")
+    }
+
+    /// `EVENT id state` of the next lines, with the revisions growing.
+    fn expect(&mut self, expect: &[&str]) -> u64 {
+        let mut last = 0;
+        for expect in expect {
+            let line = self.next();
+            let part = |value: &Value| value.as_str().map(str::to_owned);
+            let parts = [&line["event"], &line["object"]["id"], &line["object"]["state"]].into_iter().filter_map(part);
+            assert_eq!(parts.collect::<Vec<_>>().join(" "), *expect, "{line}");
+            let revision = line["revision"].as_u64().expect("a revision");
+            assert!(revision >= last, "{line}");
+            last = revision;
+        }
+        last
+    }
+}
+
+#[test]
+fn changes_are_told_in_order_and_can_be_had_again() {
+    let world = World::new();
+    let mut all = Events::of(&world, "/events", "");
+    let begin = all.expect(&["HEARTBEAT"]);
+    world.post("a");
+    world.agent.set("a", State::Running, |_| {});
+    // Accepted; answered for by its agent; told by its events.
+    let mut seen = vec![all.next()];
+    while seen.last().is_some_and(|line| line["object"]["state"] != "Running") {
+        seen.push(all.next());
+    }
+    assert_eq!((&seen[0]["event"], &seen[0]["object"]["id"]), (&json!("ADDED"), &json!("a")));
+    assert!(seen[1..].iter().all(|line| line["event"] == "MODIFIED"), "{seen:?}");
+    let mut again = Events::of(&world, &format!("/events?since={begin}"), "");
+    again.expect(&["HEARTBEAT"]);
+    assert_eq!(seen.iter().map(|_| again.next()).collect::<Vec<_>>(), seen);
+    let running = seen.last().expect("some")["revision"].as_u64().expect("a revision");
+
+    world.post("b");
+    let mut replay = Events::of(&world, "/events?replay&id=a", "");
+    let at = replay.expect(&["ADDED a Running", "HEARTBEAT"]);
+    assert!(at > running);
+    // A list says from where on to follow.
+    let revision = world.json("GET", "/workloads", "").1["revision"].as_u64().expect("a revision");
+    assert!(revision >= at);
+
+    // Who sees what has a label sees it come and go.
+    let mut labelled = Events::of(&world, "/events?label=tier=web", "");
+    labelled.expect(&["HEARTBEAT"]);
+    assert_eq!(world.status("PATCH", "/workloads/a", r#"{"labels":{"tier":"web"}}"#), 200);
+    labelled.expect(&["ADDED a Running"]);
+    assert_eq!(world.status("PATCH", "/workloads/a", r#"{"labels":{"tier":null}}"#), 200);
+    loop {
+        let line = labelled.next();
+        if line["event"] == "DELETED" {
+            assert_eq!(line["object"]["id"], "a");
+            break;
+        }
+        assert_eq!(line["event"], "MODIFIED", "{line}");
+    }
+    world.agent.forget("b");
+    assert_eq!(world.status("DELETE", "/workloads/b", ""), 202);
+    let mut of_b = Events::of(&world, &format!("/events?id=b&since={revision}"), "");
+    of_b.expect(&["HEARTBEAT"]);
+    while of_b.next()["event"] != "DELETED" {}
+
+    let (status, problem) = world.json("GET", "/events?since=99999999999", "");
+    assert_eq!((status, &problem["code"]), (410, &json!("events_gone")), "{problem}");
+    world.running.plane.stopping.set();
+    let last = std::iter::repeat_with(|| all.next()).find(|line| line["event"] != "MODIFIED" && line["object"].is_null());
+    assert_eq!(last.expect("a last line")["event"], "STOPPING");
+    world.end();
+}
+
+#[test]
+fn browsers_get_server_sent_events() {
+    let world = World::new();
+    let mut events = Events::of(&world, "/events", "Accept: text/event-stream\r\n");
+    let id = events.text();
+    let revision: u64 = id.trim().strip_prefix("id: ").expect("an id").parse().expect("a number");
+    assert_eq!(events.text(), "event: HEARTBEAT");
+    assert!(events.text().starts_with("data: {\"revision\":"));
+    assert_eq!(events.text(), "");
+    world.post("a");
+    let mut again = Events::of(&world, "/events?since=1", &format!("Accept: text/event-stream\r\nLast-Event-ID: {revision}\r\n"));
+    let read = |events: &mut Events| (0..4).map(|_| events.text()).collect::<Vec<_>>();
+    assert_eq!(read(&mut again)[1], "event: HEARTBEAT");
+    let added = read(&mut again);
+    assert_eq!(added[1], "event: ADDED");
+    assert_eq!(read(&mut events), added);
+    // What is replayed has no id: one who breaks off in the middle has not all of it.
+    let mut replay = Events::of(&world, "/events?replay", "Accept: text/event-stream\r\n");
+    assert_eq!(replay.text(), "event: ADDED");
+    world.end();
+}
+
+#[test]
+fn followers_have_a_limit() {
+    let world = World::new();
+    let store = &world.running.plane.store;
+    let mut followers: Vec<_> = (0..limits::FOLLOWERS_MAX).map(|_| store.follow().expect("a place")).collect();
+    let (status, problem) = world.json("GET", "/events", "");
+    assert_eq!((status, &problem["code"]), (503, &json!("too_many_followers")));
+    followers.pop();
+    Events::of(&world, "/events", "").expect(&["HEARTBEAT"]);
+    drop(followers);
+    world.end();
+}
+
+#[test]
+fn one_that_falls_behind_is_told() {
+    let world = World::new();
+    world.post("a");
+    let mut slow = Events::of(&world, "/events", "");
+    slow.expect(&["HEARTBEAT"]);
+    // More than is kept and than the sockets hold; nothing of it is read meanwhile.
+    let id = crate::workload::WorkloadId::new("a").expect("an id");
+    let text = "x".repeat(60_000);
+    for i in 0..1000 {
+        let noted = world.running.plane.store.note(&id, |record| Some(record.troubled(format!("{i} {text}"))));
+        assert!(noted.is_ok());
+        let mut large = world.running.plane.store.get(&id).expect("there").as_ref().clone();
+        large.status.message = Some(text.clone());
+        assert!(world.running.plane.store.note(&id, |_| Some(large)).is_ok());
+    }
+    let last = std::iter::repeat_with(|| slow.next()).find(|line| line["event"] == "GONE").expect("an end");
+    assert!(last["detail"].as_str().is_some_and(|text| text.contains("too slowly")), "{last}");
     world.end();
 }

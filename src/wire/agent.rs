@@ -5,6 +5,7 @@
 //! What the shapes alone do not say:
 //!
 //! - `StartWorkload` answered with `Error` was not taken. It is idempotent, as are all but `Exec`.
+//! - `UpdateWorkload` answers `Status`. It changes nothing that runs: labels are for selectors.
 //! - `StopWorkload` without `wait_ms` answers at once. `DeleteWorkload` answers `Deleted` when nothing is left, `NotFound` when
 //!   nothing was there, and `DeadlineExceeded` when it takes longer than `wait_ms`: then it goes on, and a `DELETED` event tells its end.
 //! - `GetStatus` with `wait_ms` is answered with `NotFound` when the workload goes away meanwhile.
@@ -15,6 +16,8 @@
 //!   `LogEnd`, after the last line.
 //! - `CollectImages` answers `Images` when it is done, with what it removed, or with `dry_run` what it would have; `Unavailable` while
 //!   the agent itself is at it.
+
+use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -88,6 +91,13 @@ pub enum Request {
         id: WorkloadId,
         /// Hold the answer until it ended, up to this.
         wait_ms: Option<u64>,
+    },
+    /// Replaces the labels of a workload; all else stays.
+    UpdateWorkload {
+        /// Which.
+        id: WorkloadId,
+        /// All it is to have.
+        labels: BTreeMap<String, String>,
     },
     /// Sends an event for every change from now on.
     Watch {
@@ -224,6 +234,7 @@ impl Request {
                 json!({"type": "StartWorkload", "workload": workload::to_map(workload), "wait_ms": wait_ms})
             }
             Self::StopWorkload { id, wait_ms } => json!({"type": "StopWorkload", "id": id.as_str(), "wait_ms": wait_ms}),
+            Self::UpdateWorkload { id, labels } => json!({"type": "UpdateWorkload", "id": id.as_str(), "labels": labels}),
             Self::Watch { since } => json!({"type": "Watch", "since": since}),
         };
         let mut line = value.to_string().into_bytes();
@@ -237,7 +248,8 @@ const REVISION_MAX: u64 = (1 << 53) - 1;
 
 /// The types of requests, for the error that lists them.
 const TYPES: &str =
-    "Auth, CollectImages, DeleteWorkload, Exec, GetLogs, GetNode, GetStatus, ListWorkloads, Ping, StartWorkload, StopWorkload, Watch";
+    "Auth, CollectImages, DeleteWorkload, Exec, GetLogs, GetNode, GetStatus, ListWorkloads, Ping, StartWorkload, StopWorkload, \
+     UpdateWorkload, Watch";
 
 fn read(fields: &mut Fields<'_>) -> (Option<Request>, Option<String>) {
     let kind = fields.text("type", limits::NAME_BYTES_MAX);
@@ -309,6 +321,15 @@ fn read(fields: &mut Fields<'_>) -> (Option<Request>, Option<String>) {
         "StopWorkload" => {
             let (id, wait_ms) = (id(fields, &mut named), wait_ms(fields));
             id.map(|id| Request::StopWorkload { id, wait_ms })
+        }
+        "UpdateWorkload" => {
+            let id = id(fields, &mut named);
+            // Absent would be as good as empty, and a line that was cut short must not take all labels away.
+            let given = fields.take("labels");
+            let given = fields.required("labels", given);
+            let mut inner = given.and_then(|labels| Fields::of(json!({ "labels": labels }), "", fields.problems()));
+            let labels = inner.as_mut().map(|inner| workload::labels(inner, "labels"));
+            id.zip(labels).map(|(id, labels)| Request::UpdateWorkload { id, labels })
         }
         "Watch" => Some(Request::Watch { since: fields.integer("since", 0, REVISION_MAX) }),
         _ => {

@@ -1,10 +1,13 @@
 //! The bodies of the HTTP API that are not workloads: problems, lists, nodes, versions.
 
+use std::collections::BTreeMap;
+
 use serde::Serialize;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::agent::{Node, Object, ProblemBody};
-use super::json::{Fields, Problems};
+use super::json::{Fields, Problems, token};
+use super::workload::label_patch;
 use crate::deadline::Timestamp;
 use crate::limits;
 
@@ -36,6 +39,87 @@ pub struct Page {
     pub items: Vec<Object>,
     /// Give it back as `continue` for the next page.
     pub r#continue: Option<String>,
+    /// What happens after this page was made comes after this revision (`GET /events?since=`).
+    pub revision: u64,
+}
+
+/// A line of `GET /events`.
+#[derive(Debug, Serialize)]
+pub struct EventLine {
+    /// Of the change; of the last one before a line that is none.
+    pub revision: u64,
+    /// When.
+    pub time: Timestamp,
+    /// What happened.
+    pub event: EventName,
+    /// The workload after the change, or before it was gone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub object: Option<Object>,
+    /// Why no line follows.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub detail: Option<&'static str>,
+}
+
+/// What a line of `GET /events` tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "UPPERCASE")]
+pub enum EventName {
+    /// A workload is new here, or was here when the stream began and its replay was asked for.
+    Added,
+    /// It is gone.
+    Deleted,
+    /// The stream ends: its reader fell behind what is kept.
+    Gone,
+    /// All is quiet; also the first line, which tells the revision the stream begins at.
+    Heartbeat,
+    /// It changed.
+    Modified,
+    /// The stream ends: the control plane stops.
+    Stopping,
+}
+
+impl EventName {
+    /// Its spelling.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Added => "ADDED",
+            Self::Deleted => "DELETED",
+            Self::Gone => "GONE",
+            Self::Heartbeat => "HEARTBEAT",
+            Self::Modified => "MODIFIED",
+            Self::Stopping => "STOPPING",
+        }
+    }
+}
+
+/// The body of `PATCH /workloads/{id}` (RFC 7396): labels to set, and to take away where the value is `null`.
+#[derive(Debug, PartialEq, Eq)]
+pub struct PatchBody {
+    /// `None` takes all away.
+    pub labels: Option<BTreeMap<String, Option<String>>>,
+}
+
+impl PatchBody {
+    /// Reads it.
+    ///
+    /// # Errors
+    /// Every rule it breaks; also that it would change something else.
+    pub fn parse(value: Value) -> Result<Self, Problems> {
+        let Value::Object(map) = value else { return Err(Problems::one("", "must be an object, as {\"labels\": {..}}")) };
+        let mut problems = Problems::default();
+        let mut body = Self { labels: Some(BTreeMap::new()) };
+        for (name, value) in map {
+            match (name.as_str(), value) {
+                ("labels", Value::Null) => body.labels = None,
+                ("labels", value) => {
+                    let read = Fields::of(json!({ "labels": value }), "", &mut problems).map(|mut fields| label_patch(&mut fields));
+                    body.labels = read.or(body.labels);
+                }
+                _ => problems.add(format!("/{}", token(&name)), "only labels can be changed"),
+            }
+        }
+        if problems.is_empty() { Ok(body) } else { Err(problems) }
+    }
 }
 
 /// A node, as the control plane knows it.
@@ -51,6 +135,8 @@ pub struct NodeObject {
     pub message: Option<String>,
     /// When its agent last answered.
     pub observed_at: Option<Timestamp>,
+    /// Workloads its agent has that are not placed there by this control plane; they are left alone.
+    pub strangers: usize,
     /// As the agent describes it; `null` as long as it never answered.
     pub node: Option<Node>,
 }

@@ -67,7 +67,15 @@ impl std::error::Error for Problems {}
 /// # Errors
 /// A syntax error, as one problem at the whole body; every duplicate key, each at its place.
 pub fn parse(bytes: &[u8]) -> Result<Value, Problems> {
-    let strict = Strict { pointer: RefCell::default(), problems: RefCell::default(), values: Cell::new(0) };
+    parse_within(bytes, limits::JSON_VALUES_MAX)
+}
+
+/// As [`parse`], with a bound of its own on the number of values.
+///
+/// # Errors
+/// As [`parse`].
+pub fn parse_within(bytes: &[u8], values_max: usize) -> Result<Value, Problems> {
+    let strict = Strict { pointer: RefCell::default(), problems: RefCell::default(), values: Cell::new(0), values_max };
     let mut deserializer = serde_json::Deserializer::from_slice(bytes);
     let value = (At { strict: &strict, depth: 0 })
         .deserialize(&mut deserializer)
@@ -86,6 +94,7 @@ struct Strict {
     pointer: RefCell<String>,
     problems: RefCell<Problems>,
     values: Cell<usize>,
+    values_max: usize,
 }
 
 #[derive(Clone, Copy)]
@@ -113,6 +122,13 @@ impl At<'_> {
     }
 }
 
+/// A key as a step of a pointer.
+pub fn token(key: &str) -> String {
+    let mut pointer = String::new();
+    push_token(&mut pointer, key);
+    pointer.split_off(1)
+}
+
 /// RFC 6901 section 3: `~` and `/` are escaped. A long key is cut: it is only shown.
 fn push_token(pointer: &mut String, token: &str) {
     pointer.push('/');
@@ -131,8 +147,8 @@ impl<'de> DeserializeSeed<'de> for At<'_> {
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
         let values = self.strict.values.get().saturating_add(1);
         self.strict.values.set(values);
-        if values > limits::JSON_VALUES_MAX {
-            return Err(de::Error::custom(format_args!("more than {} values", limits::JSON_VALUES_MAX)));
+        if values > self.strict.values_max {
+            return Err(de::Error::custom(format_args!("more than {} values", self.strict.values_max)));
         }
         deserializer.deserialize_any(self)
     }

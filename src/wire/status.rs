@@ -6,7 +6,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::{Map, Value};
 
 use crate::deadline::Timestamp;
-use crate::workload::{Phase, Reason, State};
+use crate::workload::{Desired, Phase, Reason, State};
 
 /// Gives a type with one spelling its JSON form: that spelling.
 macro_rules! as_text {
@@ -26,7 +26,7 @@ macro_rules! as_text {
     )+};
 }
 
-as_text!(Phase, Reason, State, Timestamp);
+as_text!(Desired, Phase, Reason, State, Timestamp);
 
 /// What is known of a workload. `null` is "unknown" or "not so", never a guess.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

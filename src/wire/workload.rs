@@ -174,17 +174,29 @@ fn env(fields: &mut Fields<'_>) -> BTreeMap<String, Secret> {
     fields.entries("env", limits::ENV_MAX, read).into_iter().collect()
 }
 
-fn labels(fields: &mut Fields<'_>, name: &'static str) -> BTreeMap<String, String> {
-    let fits = |text: &str| text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-' | b'/'));
-    let read = |key: &str, value: Value, pointer: &str, problems: &mut Problems| {
-        let value = text(value, pointer, limits::LABEL_BYTES_MAX, problems)?;
-        if key.is_empty() || key.len() > limits::LABEL_BYTES_MAX || !fits(key) || !fits(&value) {
-            let rule = format!("key and value must be at most {} of A-Z, a-z, 0-9, '.', '_', '-', '/'", limits::LABEL_BYTES_MAX);
-            problems.add(pointer, rule);
-        }
-        Some((key.to_owned(), value))
+/// Labels by the rules that all labels have.
+pub(super) fn labels(fields: &mut Fields<'_>, name: &'static str) -> BTreeMap<String, String> {
+    fields.entries(name, limits::LABELS_MAX, label).into_iter().collect()
+}
+
+/// Labels, and those that are to go: their value is `null`.
+pub(super) fn label_patch(fields: &mut Fields<'_>) -> BTreeMap<String, Option<String>> {
+    let read = |key: &str, value: Value, pointer: &str, problems: &mut Problems| match value {
+        // A key that no label can have is none that could be taken away.
+        Value::Null => label(key, Value::from(""), pointer, problems).map(|(key, _)| (key, None)),
+        value => label(key, value, pointer, problems).map(|(key, value)| (key, Some(value))),
     };
-    fields.entries(name, limits::LABELS_MAX, read).into_iter().collect()
+    fields.entries("labels", limits::LABELS_MAX * 2, read).into_iter().collect()
+}
+
+fn label(key: &str, value: Value, pointer: &str, problems: &mut Problems) -> Option<(String, String)> {
+    let fits = |text: &str| text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-' | b'/'));
+    let value = text(value, pointer, limits::LABEL_BYTES_MAX, problems)?;
+    if key.is_empty() || key.len() > limits::LABEL_BYTES_MAX || !fits(key) || !fits(&value) {
+        let rule = format!("key and value must be at most {} of A-Z, a-z, 0-9, '.', '_', '-', '/'", limits::LABEL_BYTES_MAX);
+        problems.add(pointer, rule);
+    }
+    Some((key.to_owned(), value))
 }
 
 fn capabilities(fields: &mut Fields<'_>, name: &'static str) -> Vec<String> {

@@ -2,7 +2,7 @@
 
 use super::{Answer, Api, Call, Refusal};
 use crate::http::{Response, Status};
-use crate::metrics::{HTTP_RESPONSES, Kind, Labels, Text};
+use crate::metrics::{HTTP_RESPONSES, Kind, Labels, STORE_COMMITS, STORE_FAILURES, Text};
 use crate::wire::api::{Nodes, Version, to_json};
 use crate::workload::Name;
 
@@ -20,12 +20,17 @@ impl Api {
 
     /// Ready is who can place something: 503 as long as no node is. What is missing is listed then, or when asked for.
     pub(super) fn readyz(&self, call: &Call<'_>) -> Answer {
-        let mut lines = String::from("[+]store ok\n");
+        let trouble = self.plane.store.trouble();
+        let mut lines = match &trouble {
+            None => String::from("[+]store ok\n"),
+            // What exactly is in the log: it names files.
+            Some(_) => String::from("[-]store: its disk takes no changes\n"),
+        };
         let mut is_ready = false;
         for (name, node) in &self.plane.nodes {
             match node.view().trouble {
                 None => {
-                    is_ready = true;
+                    is_ready = trouble.is_none();
                     lines.push_str(&format!("[+]node {name} ok\n"));
                 }
                 Some(trouble) => lines.push_str(&format!("[-]node {name}: {trouble}\n")),
@@ -59,6 +64,13 @@ impl Api {
             Some((Labels::of(&[("node", name.as_str())]), seconds))
         });
         text.family("kakuri_node_last_heartbeat_timestamp_seconds", Kind::Gauge, "When its agent last answered.", heard);
+        let strangers = self.plane.nodes.iter().map(|(name, node)| (Labels::of(&[("node", name.as_str())]), node.strangers()));
+        text.family("kakuri_node_strangers", Kind::Gauge, "Workloads there that this control plane did not place there.", strangers);
+        let one = |value: u64| [(Labels::none(), value)];
+        text.family("kakuri_store_commits_total", Kind::Counter, "Commits of the store.", one(STORE_COMMITS.value()));
+        text.family("kakuri_store_failures_total", Kind::Counter, "Commits that the disk did not take.", one(STORE_FAILURES.value()));
+        text.family("kakuri_store_revision", Kind::Gauge, "The last change.", one(self.plane.store.kept().newest));
+        text.family("kakuri_event_followers", Kind::Gauge, "Readers of /events.", [(Labels::none(), self.plane.store.followers())]);
         let responses =
             (1..).zip(&HTTP_RESPONSES).map(|(class, counter)| (Labels::of(&[("code", &format!("{class}xx"))]), counter.value()));
         text.family("kakuri_http_requests_total", Kind::Counter, "HTTP responses by the class of their status.", responses);

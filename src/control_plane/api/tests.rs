@@ -2,13 +2,13 @@
 
 use serde_json::json;
 
-use super::super::Running;
+use super::super::{Running, Store};
 use super::*;
 use crate::http::Body;
 
 /// An API without nodes, and an answer from it.
 fn ask(text: &str, body: Option<&str>) -> (u16, Value, Response) {
-    let running = Running::start(Vec::new()).expect("threads");
+    let running = Running::start(Vec::new(), Store::forgetful(), limits::HISTORY_DEFAULT).expect("threads");
     let response = Api::new(Arc::clone(&running.plane), true).handle(&request(text, body));
     running.stop();
     let body = match &response.body {
@@ -37,7 +37,7 @@ fn request(text: &str, body: Option<&str>) -> Request {
 }
 
 /// Every route, as a request for it.
-const TABLE: [(&str, Route<'static>); 27] = [
+const TABLE: [(&str, Route<'static>); 28] = [
     ("GET /workloads", Route::List),
     ("POST /workloads", Route::Create),
     ("GET /workloads/a", Route::Get("a")),
@@ -53,7 +53,8 @@ const TABLE: [(&str, Route<'static>); 27] = [
     ("GET /security-profiles/p", Route::Later),
     ("PUT /security-profiles/p", Route::Later),
     ("DELETE /security-profiles/p", Route::Later),
-    ("GET /events", Route::Later),
+    ("GET /events", Route::Events),
+    ("PATCH /workloads/a", Route::Patch("a")),
     ("GET /api/runtime-cloud", Route::Later),
     ("GET /api/runtime-cloud/sites", Route::Later),
     ("POST /api/runtime-cloud", Route::Later),
@@ -113,11 +114,11 @@ fn a_path_says_what_it_has() {
     check("GET /workload", 404, "no_route", None);
     check("GET /workloads/a/b", 404, "no_route", None);
     check("GET /workloads/a/stop", 405, "method_not_allowed", Some("POST"));
-    check("PATCH /workloads/a", 405, "method_not_allowed", Some("DELETE, GET, HEAD"));
+    check("PUT /workloads/a", 405, "method_not_allowed", Some("DELETE, GET, PATCH, HEAD"));
     check("PUT /workloads", 405, "method_not_allowed", Some("GET, POST, HEAD"));
     check("DELETE /v1/livez", 405, "method_not_allowed", Some("GET, HEAD"));
     check("OPTIONS /workloads", 204, "", Some("GET, POST, HEAD"));
-    check("GET /events", 501, "not_implemented", None);
+    check("GET /events?since=7", 410, "events_gone", None);
     check("POST /nodes/n/drain?now=1", 501, "not_implemented", None);
     check("HEAD /workloads/a", 404, "not_found", None);
     check("GET /workloads/..", 404, "not_found", None);
@@ -145,8 +146,12 @@ fn queries_are_read_strictly() {
     check("POST /workloads?wait_ms=-1", 400, "bad_query");
     check("DELETE /workloads/a?force", 400, "bad_query");
     check("GET /readyz?verbose=maybe", 400, "bad_query");
+    check("GET /events?since=x", 400, "bad_query");
+    check("GET /events?since=1&replay", 400, "bad_query");
+    check("GET /events?node=A", 400, "bad_query");
+    check("GET /events?label=", 400, "bad_query");
     let (status, page, _) = ask("GET /workloads?limit=500&state=Failed&node=n&label=a,!b&class=c", None);
-    assert_eq!((status, page), (200, json!({"items": [], "continue": null})));
+    assert_eq!((status, page), (200, json!({"items": [], "continue": null, "revision": 0})));
 }
 
 #[test]
@@ -180,14 +185,20 @@ fn only_json_is_read_as_json() {
     };
     assert_eq!(code("application/json"), None);
     assert_eq!(code("Application/JSON; charset=utf-8"), None);
-    for other in ["application/x-www-form-urlencoded", "text/plain", "application/jsonx", ""] {
+    let patch = |content_type: &str| {
+        let mut request = request("PATCH /workloads/a", Some("{}"));
+        request.headers.push(("content-type".into(), content_type.into()));
+        patch_body(&request).is_ok()
+    };
+    assert!(patch("application/merge-patch+json") && patch("application/json") && !patch("application/json-patch+json"));
+    for other in ["application/merge-patch+json", "application/x-www-form-urlencoded", "text/plain", "application/jsonx", ""] {
         assert_eq!(code(other), Some((415, "not_json")), "{other}");
     }
 }
 
 #[test]
 fn request_ids_are_echoed_or_made() {
-    let running = Running::start(Vec::new()).expect("threads");
+    let running = Running::start(Vec::new(), Store::forgetful(), limits::HISTORY_DEFAULT).expect("threads");
     let api = Api::new(Arc::clone(&running.plane), false);
     let seen = |given: Option<&str>| {
         let mut request = request("GET /nowhere", None);

@@ -7,18 +7,18 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 
 use super::super::node_client::Error;
 use super::super::scheduler::{self, Candidate, Placement};
-use super::super::store::{Desired, Insertion, Record};
+use super::super::store::{Insertion, LabelPatch, Record, Wish};
 use super::super::{monitor, profiles};
 use super::selector::Selector;
-use super::{Answer, Api, CLASS_REQUIRED, Call, Refusal, body};
+use super::{Answer, Api, CLASS_REQUIRED, Call, Refusal, body, patch_body};
 use crate::deadline::Deadline;
 use crate::http::{Request, Response, Status};
 use crate::limits;
 use crate::report::random_id;
 use crate::wire::agent::Until;
-use crate::wire::api::{Page, to_json};
+use crate::wire::api::{Page, PatchBody, to_json};
 use crate::wire::{Problems, workload};
-use crate::workload::{Draft, Name, Spec, State, WorkloadId};
+use crate::workload::{Desired, Draft, Name, Spec, State, WorkloadId};
 
 impl Api {
     /// Places a workload, keeps it, and hands it to its agent, in this order: what was answered 201 is never forgotten, and what
@@ -108,37 +108,41 @@ impl Api {
     /// A page of last known truths: a list asks no agent, whose events keep it fresh.
     pub(super) fn list(&self, call: &Call<'_>) -> Answer {
         let query = Query::read(call.request)?;
-        let page = self.plane.store.page(query.after.as_ref(), query.limit, &|record| query.passes(record));
+        let page = self.plane.store.page(query.after.as_ref(), query.limit, |record| query.passes(record));
         let last = page.records.last().filter(|_| page.has_more);
         let body = Page {
             items: page.records.iter().map(|record| record.object()).collect(),
             r#continue: last.map(|record| URL_SAFE_NO_PAD.encode(record.workload.id.as_str())),
+            revision: page.revision,
         };
         Ok(Response::json(Status::Ok, to_json(&body)))
     }
 
     pub(super) fn stop(&self, call: &Call<'_>, id: &str) -> Answer {
-        self.want(call, id, |desired| match desired {
-            Desired::Run | Desired::Stopped => Desired::Stopped,
-            Desired::Deleted => Desired::Deleted,
-        })
+        self.want(call, id, Wish::Stop).map(|record| object(Status::Accepted, &record))
     }
 
     pub(super) fn delete(&self, call: &Call<'_>, id: &str) -> Answer {
-        self.want(call, id, |_| Desired::Deleted)
+        self.want(call, id, Wish::Delete).map(|record| object(Status::Accepted, &record))
+    }
+
+    /// Changes labels; the rest of a workload is what it was accepted as.
+    pub(super) fn patch(&self, call: &Call<'_>, id: &str) -> Answer {
+        let refuse =
+            |problems: Problems| Refusal::problems(Status::UnprocessableContent, "invalid_patch", "the patch breaks a rule", &problems);
+        let PatchBody { labels } = PatchBody::parse(patch_body(call.request)?).map_err(refuse)?;
+        let patch = labels.map_or(LabelPatch::Clear, LabelPatch::Merge);
+        self.want(call, id, Wish::Labels(patch)).map(|record| object(Status::Ok, &record))
     }
 
     /// Notes a wish, and has a dispatcher see to it.
-    fn want(&self, call: &Call<'_>, id: &str, wish: impl Fn(Desired) -> Desired) -> Answer {
+    fn want(&self, call: &Call<'_>, id: &str, wish: Wish) -> Result<Arc<Record>, Refusal> {
         let record = self.record(id)?;
-        let change = |current: &Record| {
-            let desired = wish(current.desired);
-            (desired != current.desired).then(|| Record { desired, ..current.clone() })
-        };
-        let record = self.plane.amend(&record, change).ok_or_else(|| Refusal::not_found("workload"))?;
+        let text = format!("{wish:?}");
+        let record = self.plane.store.wish(&record.workload.id, record.born, wish)?.ok_or_else(|| Refusal::not_found("workload"))?;
         self.plane.dispatch.nudge(&record.workload.id);
-        log::info!("{id}: {} wants it {:?}", call.caller, record.desired);
-        Ok(object(Status::Accepted, &record))
+        log::info!("{id}: {} wishes {text}", call.caller);
+        Ok(record)
     }
 
     /// The record of an id from a path.

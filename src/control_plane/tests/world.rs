@@ -120,6 +120,16 @@ impl FakeAgent {
                 }
                 None => unknown(id.as_str()),
             },
+            Request::UpdateWorkload { id, labels } => match fake.workloads.get_mut(id.as_str()) {
+                Some(object) => {
+                    object.spec.insert("labels".into(), json!(labels));
+                    let reply = status(id.as_str(), object);
+                    let object = object.clone();
+                    tell(&mut fake, EventKind::Modified, object);
+                    reply
+                }
+                None => unknown(id.as_str()),
+            },
             Request::DeleteWorkload { id, .. } if fake.deletes_slowly => {
                 let going_on = |_| Reply::error(ErrorCode::DeadlineExceeded, "not gone yet; it will be", Some(id.to_string()));
                 fake.workloads.get(id.as_str()).map_or_else(|| unknown(id.as_str()), going_on)
@@ -243,12 +253,16 @@ pub(super) struct World {
 
 impl World {
     pub(super) fn new() -> Self {
+        Self::with_history(limits::HISTORY_DEFAULT)
+    }
+
+    pub(super) fn with_history(history: usize) -> Self {
         let agent = Arc::new(FakeAgent { name: "node-1".into(), ..FakeAgent::default() });
         let listener = Listener::bind(&any_port()).expect("a port");
         let node = Server::start(listener, "agent", Arc::new(FakeService(Arc::clone(&agent)))).expect("a thread");
         let node_address = node.address().clone();
         let name = Name::new("node-1").expect("a name");
-        let running = Running::start(vec![(name, node_address.clone())]).expect("threads");
+        let running = Running::start(vec![(name, node_address.clone())], Store::forgetful(), history).expect("threads");
         let api = Api::new(Arc::clone(&running.plane), false);
         let http = Server::start(Listener::bind(&any_port()).expect("a port"), "http", Arc::new(Http(api))).expect("a thread");
         let world = Self { agent, node: Some(node), node_address, running, http };
