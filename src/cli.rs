@@ -13,7 +13,7 @@ mod show;
 
 use std::fmt;
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::thread;
@@ -138,7 +138,18 @@ fn perform(Invocation { server, output, command }: Invocation) -> Result<Exit, E
         Command::Exec { id, command, timeout_ms } => {
             client().and_then(|client| exec(&client, &id, &command, timeout_ms)).map_err(|error| Error::Ours(Box::new(error)))
         }
+        Command::Events { query } => {
+            let stream = client()?.stream(&client::query("/events", &query), Patience::PerRead)?;
+            if output == Some(Output::Json) {
+                pass_on(stream)?;
+            } else {
+                show_events(stream)?;
+            }
+            // It ends only when the control plane ends it: what follows was not seen.
+            Ok(Exit::Unavailable)
+        }
         Command::Get { id } => say(&show::workload(&client()?.get(&path(&id), 0)?, table)),
+        Command::Label { id, patch } => say(&show::workload(&client()?.patch(&path(&id), patch.to_string().as_bytes())?, name)),
         Command::List { filters } => say(&show::workloads(&list(&client()?, "/workloads", &filters)?, table)),
         Command::Logs { id, query, follow } => {
             let patience = if follow { Patience::Endless } else { Patience::PerRead };
@@ -385,6 +396,24 @@ fn wait_until_gone(client: &Client, id: &WorkloadId, deadline: Deadline) -> Resu
         if ended {
             // Ended and not yet removed: the rest takes a moment that no long poll covers.
             thread::sleep(Duration::from_millis(limits::CLI_POLL_MS_MIN));
+        }
+    }
+}
+
+/// Shows events as they come, a line each.
+fn show_events(stream: impl Read) -> Result<(), Error> {
+    let mut stream = BufReader::new(stream);
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        let bytes_max = limits::CLI_ANSWER_BYTES_MAX;
+        let n = stream.by_ref().take(bytes_max).read_until(b'\n', &mut line).map_err(|cause| client::Error::Broken { cause })?;
+        if n == 0 {
+            return Ok(());
+        }
+        // What is no JSON is shown as nothing: `-o json` shows all.
+        if let Some(text) = serde_json::from_slice(&line).ok().as_ref().and_then(show::event) {
+            say(&text)?;
         }
     }
 }

@@ -14,7 +14,7 @@
 //! | [`metrics`] | counters and gauges, and their text form |
 //! | [`failpoint`] | where a test lets a daemon die |
 //! | [`workload`] | what runs, and its states; pure |
-//! | [`wire`] | every JSON shape: the line protocol ([`wire::agent`]), HTTP bodies ([`wire::api`]), strict reading ([`wire::json`]) |
+//! | [`wire`] | every JSON shape: the line protocol ([`wire::agent`]), HTTP bodies ([`wire::api`]), strict reading ([`wire::json`]), what the store writes ([`wire::record`]) |
 //! | [`net`] | sockets with deadlines, listeners with slots, lines |
 //! | [`http`] | HTTP/1.1, server side |
 //! | [`grpc`] | gRPC on `h2` with blocking reads: [`grpc::pump`] is the trick, [`grpc::call`] the calls |
@@ -23,7 +23,7 @@
 //! | [`daemon`] | what the daemons share: signals, listeners |
 //! | [`agent`] | the node agent: [`agent::registry`] what it knows, [`agent::reconcile`] what is true, [`agent::work`] what it does,
 //! | | [`agent::logs`] what workloads wrote, [`agent::rotate`] how much of that is kept |
-//! | [`control_plane`] | the HTTP API, placement, the store |
+//! | [`control_plane`] | the HTTP API, placement, the store and who follows it |
 //! | [`sim`] | a simulated CRI runtime with scripted faults |
 //! | [`cli`] | the `kakuri` command |
 //!
@@ -35,7 +35,8 @@
 //! - No state is invented: an unknown exit code is `null`, and `observed_at` says how old the truth is.
 //! - `agent` and `control_plane` never import each other; they meet in [`wire`]. Arrows point down the table above.
 //! - A crate from outside has one door: `h2`, `http`, `bytes` in [`grpc`] (and the server side in [`sim`]), `tokio` in [`grpc::pump`],
-//!   `prost` in [`cri`], `rustix` in [`agent`], `httparse` in [`http`], `serde` in [`wire`] and [`config`], `ureq` in [`cli`].
+//!   `prost` in [`cri`], `rustix` in [`agent`], `redb` in the store of [`control_plane`], `httparse` in [`http`], `serde` in [`wire`]
+//!   and [`config`], `ureq` in [`cli`].
 
 pub mod agent;
 pub mod cli;

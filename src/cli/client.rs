@@ -173,6 +173,12 @@ impl Client {
         self.json(response)
     }
 
+    /// `PATCH` by RFC 7396.
+    pub(super) fn patch(&self, path: &str, body: &[u8]) -> Result<Value, Error> {
+        let response = self.send(Method::PATCH, path, body, 0, Patience::PerRead)?;
+        self.json(response)
+    }
+
     /// `DELETE`
     pub(super) fn delete(&self, path: &str) -> Result<Value, Error> {
         let response = self.send(Method::DELETE, path, (), 0, Patience::PerRead)?;
@@ -192,8 +198,9 @@ impl Client {
 
     fn send(&self, method: Method, path: &str, body: impl AsSendBody, wait_ms: u64, patience: Patience) -> Result<Response<Body>, Error> {
         let unreachable = |cause| Error::Unreachable { server: self.server.clone(), cause: Box::new(cause) };
+        let kind = if method == Method::PATCH { "application/merge-patch+json" } else { "application/json" };
         let request = Request::builder().method(method).uri(format!("{}{path}", self.server));
-        let request = request.header("content-type", "application/json").header("accept", "*/*").body(body);
+        let request = request.header("content-type", kind).header("accept", "*/*").body(body);
         let request = self.agent.configure_request(request.map_err(|cause| unreachable(ureq::Error::Http(cause)))?);
         let answer = Duration::from_millis(limits::CLI_ANSWER_MS_MAX.saturating_add(wait_ms));
         let request = request.timeout_recv_response(Some(answer));

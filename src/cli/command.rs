@@ -26,8 +26,10 @@ pub(super) struct Invocation {
 #[derive(Debug)]
 pub(super) enum Command {
     Delete { id: WorkloadId, wait: bool, timeout_ms: Option<u64> },
+    Events { query: Vec<(&'static str, String)> },
     Exec { id: WorkloadId, command: Vec<String>, timeout_ms: u64 },
     Get { id: WorkloadId },
+    Label { id: WorkloadId, patch: Value },
     List { filters: Vec<(&'static str, String)> },
     Logs { id: WorkloadId, query: Vec<(&'static str, String)>, follow: bool },
     Nodes { id: Option<Name> },
@@ -96,7 +98,9 @@ Commands:
     logs      print what a workload wrote
     exec      run a command inside a workload
     wait      wait until a workload runs or has ended
+    label     change labels of a workload
     nodes     show the nodes
+    events    follow every change
     version   show the versions of client and server
     play      start a control plane and an agent on this machine
 
@@ -222,6 +226,32 @@ const WAIT: Usage = Usage::new(
     "kakuri wait wl-123 --for running --timeout 30s",
 );
 
+const LABEL: Usage = Usage::new(
+    "kakuri label",
+    "ID K=V... K-...",
+    "Sets labels of a workload, and takes those away that are followed by a minus.",
+    &[OUTPUT, SERVER],
+    "kakuri label wl-123 tier=web canary-",
+);
+
+const EVENTS: Usage = Usage::new(
+    "kakuri events",
+    "[OPTIONS]",
+    "Follows every change of every workload, until it is interrupted.",
+    &[
+        &[
+            Flag::long("since", Takes::Value("REVISION"), "first what happened after this revision"),
+            Flag::long("replay", Takes::Nothing, "first everything there is, as ADDED"),
+            Flag::long("id", Takes::Value("ID"), "of this workload"),
+            Flag::long("node", Takes::Value("ID"), "on this node"),
+            Flag::short("l", "label", Takes::Values("K=V"), "with this label; repeatable"),
+        ],
+        OUTPUT,
+        SERVER,
+    ],
+    "kakuri events --replay -l app=web",
+);
+
 const NODES: Usage = Usage::new("kakuri nodes", "[ID]", "Shows the nodes.", &[OUTPUT, SERVER], "kakuri nodes node-1 -o json");
 
 const VERSION: Usage =
@@ -251,6 +281,8 @@ const COMMANDS: &[(Usage, Make)] = &[
     (LOGS, logs),
     (EXEC, exec),
     (WAIT, |m| Ok(Command::Wait { id: id(m)?, goal: m.parsed("for", Goal::parse)?.unwrap_or(Goal::Terminal), timeout_ms: timeout(m)? })),
+    (LABEL, label),
+    (EVENTS, events),
     (NODES, |m| {
         let id = m.word_or_none("ID")?.map(Name::new).transpose();
         id.map(|id| Command::Nodes { id }).map_err(|rule| m.error(format!("ID: {rule}")))
@@ -313,6 +345,37 @@ fn list(matches: &Matches) -> Result<Command, Error> {
     filters.extend(matches.one("node").map(|node| ("node", node)));
     filters.extend(matches.many("label").into_iter().map(|label| ("label", label)));
     Ok(Command::List { filters })
+}
+
+fn events(matches: &Matches) -> Result<Command, Error> {
+    matches.no_words()?;
+    let mut query = Vec::new();
+    query.extend(matches.parsed("since", number)?.map(|revision| ("since", revision.to_string())));
+    query.extend(matches.present("replay").then(|| ("replay", "true".to_owned())));
+    query.extend(matches.one("id").map(|id| ("id", id)));
+    query.extend(matches.one("node").map(|node| ("node", node)));
+    query.extend(matches.many("label").into_iter().map(|label| ("label", label)));
+    Ok(Command::Events { query })
+}
+
+fn label(matches: &Matches) -> Result<Command, Error> {
+    let (id, words) = matches.words().split_first().ok_or_else(|| matches.error("ID is missing"))?;
+    let id = WorkloadId::new(id).map_err(|rule| matches.error(rule.to_string()))?;
+    let mut labels = Map::new();
+    for word in words {
+        let (key, value) = match (word.split_once('='), word.strip_suffix('-')) {
+            (Some((key, value)), _) => (key, Value::from(value)),
+            (None, Some(key)) => (key, Value::Null),
+            (None, None) => return Err(matches.error(format!("{word:?} must be KEY=VALUE, or KEY- to take it away"))),
+        };
+        if labels.insert(key.to_owned(), value).is_some() {
+            return Err(matches.error(format!("label {key:?} is given twice")));
+        }
+    }
+    if labels.is_empty() {
+        return Err(matches.error("a label is missing: KEY=VALUE, or KEY- to take it away"));
+    }
+    Ok(Command::Label { id, patch: json!({ "labels": labels }) })
 }
 
 fn logs(matches: &Matches) -> Result<Command, Error> {

@@ -82,6 +82,20 @@ pub(super) fn workloads(items: &[Value], output: Output) -> String {
     }
 }
 
+/// An event, a line: revision, time, event, id, state, reason; `None` for what only says that all is quiet.
+pub(super) fn event(line: &Value) -> Option<String> {
+    if at(line, "/event") == "HEARTBEAT" {
+        return None;
+    }
+    let object = line.pointer("/object").unwrap_or(&Value::Null);
+    let words = [at(line, "/revision"), at(line, "/time"), at(line, "/event")];
+    let rest = match line.pointer("/detail") {
+        Some(detail) => vec![text(detail)],
+        None => vec![at(object, "/id"), at(object, "/state"), reason(object)],
+    };
+    Some(words.into_iter().chain(rest).collect::<Vec<_>>().join("  "))
+}
+
 /// One workload: everything people ask about first, a field to a row.
 pub(super) fn workload(item: &Value, output: Output) -> String {
     match output {

@@ -446,6 +446,25 @@ mod tests {
         // Whoever was seen running is never started again.
         check(Desired::Run, State::Running, false, None);
         check(Desired::Run, State::Failed, false, None);
+        let restarting = Record { has_run: true, ..record("a") };
+        assert_eq!(decide(&restarting), None, "not between two attempts either");
+        assert_eq!(decide(&Record { desired: Desired::Stopped, ..restarting }), Some(Action::Stop));
+    }
+
+    #[test]
+    fn new_labels_come_before_a_start_and_after_a_stop() {
+        let check = |desired, state, is_known, has_run, expect| {
+            let record = Record { desired, state, is_known, has_run, has_new_labels: true, ..record("a") };
+            assert_eq!(decide(&record), Some(expect), "{desired:?} {state} {is_known} {has_run}");
+        };
+        check(Desired::Run, State::Pending, false, false, Action::Label);
+        check(Desired::Run, State::Pending, true, false, Action::Label);
+        check(Desired::Run, State::Pending, false, true, Action::Label);
+        check(Desired::Run, State::Running, true, true, Action::Label);
+        check(Desired::Run, State::Failed, true, true, Action::Label);
+        check(Desired::Stopped, State::Running, true, true, Action::Stop);
+        check(Desired::Stopped, State::Failed, true, true, Action::Label);
+        check(Desired::Deleted, State::Failed, true, true, Action::Delete);
     }
 
     #[test]

@@ -392,6 +392,24 @@ fn labels_are_changed_here_and_at_the_agent() {
 }
 
 #[test]
+fn an_agent_of_the_version_before_keeps_its_labels_and_runs_all_the_same() {
+    let world = World::new();
+    world.post("a");
+    let unknown = || refusal(ErrorCode::InvalidArgument);
+    world.agent.fail("UpdateWorkload", unknown());
+    assert_eq!(world.status("PATCH", "/workloads/a", r#"{"labels":{"new":"1"}}"#), 200);
+    eventually("it was told", || world.agent.asked("UpdateWorkload a") > 0);
+    eventually("that it does not know how is noted", || {
+        world.get("a")["status"]["last_error"].is_string() || world.agent.asked("UpdateWorkload a") > 1
+    });
+    world.agent.set("a", State::Running, |_| {});
+    assert_eq!((&world.get("a")["state"], &world.get("a")["labels"]["new"]), (&json!("Running"), &json!("1")));
+    // When it is replaced it is told again.
+    eventually("it has them", || world.agent.lock().workloads["a"].spec["labels"]["new"] == "1");
+    world.end();
+}
+
+#[test]
 fn labels_change_before_the_agent_ever_answered() {
     let mut world = World::new();
     world.stop_agent();

@@ -647,6 +647,8 @@ mod tests {
         round_trip(&Request::GetStatus { id: id(), wait: Some((Until::Terminal, 5)) });
         round_trip(&Request::StopWorkload { id: id(), wait_ms: Some(0) });
         round_trip(&Request::DeleteWorkload { id: id(), wait_ms: None });
+        round_trip(&Request::UpdateWorkload { id: id(), labels: BTreeMap::new() });
+        round_trip(&Request::UpdateWorkload { id: id(), labels: BTreeMap::from([("a".into(), "b".into())]) });
         round_trip(&Request::ListWorkloads { after: Some(id()), limit: 7 });
         round_trip(&Request::Exec { id: id(), command: vec!["uname".into()], timeout_ms: 9 });
         let since = Timestamp::parse("2026-01-02T03:04:05.678Z");

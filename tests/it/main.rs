@@ -13,6 +13,7 @@ mod api;
 mod bad_input;
 mod cli;
 mod crash;
+mod durable;
 mod examples;
 mod faults;
 mod grpcio;

@@ -162,7 +162,7 @@ impl Stream {
                         next_heartbeat = heartbeat();
                     }
                 }
-                Next::Gone(_) => {
+                Next::Gone => {
                     let detail = "you read too slowly: what comes next is not kept any more; list again";
                     return writer.write(&self.line(EventName::Gone, Timestamp::now(), None, Some(detail)));
                 }

@@ -112,7 +112,7 @@ pub(in super::super) enum Error {
         /// The file.
         path: PathBuf,
         /// Why.
-        cause: redb::Error,
+        cause: io::Error,
     },
     /// A lines of an import, each with what is wrong.
     Lines(Vec<(u64, String)>),
@@ -128,8 +128,8 @@ impl Error {
     /// Whether there is no room.
     pub(in super::super) fn is_full(&self) -> bool {
         match self {
-            Self::Io { cause: redb::Error::Io(error), .. } => {
-                matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge)
+            Self::Io { cause, .. } => {
+                matches!(cause.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge)
             }
             _ => false,
         }
@@ -172,8 +172,7 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
-            Self::Directory { cause, .. } | Self::Pipe(cause) | Self::Thread(cause) => Some(cause),
-            Self::Io { cause, .. } => Some(cause),
+            Self::Directory { cause, .. } | Self::Io { cause, .. } | Self::Pipe(cause) | Self::Thread(cause) => Some(cause),
             Self::Damaged { .. } | Self::Exists(_) | Self::Format { .. } | Self::InUse(_) | Self::Lines(_) | Self::Missing(_) => None,
         }
     }
@@ -232,7 +231,7 @@ impl Disk for StoreFile {
         };
         let commits = open.commits.saturating_add(1);
         // An error leaves the file closed.
-        write(&open.database, batch, commits).map_err(|cause| sort(&self.dir.join(FILE), cause))?;
+        write(&self.dir.join(FILE), &open.database, batch, commits)?;
         open.commits = commits;
         if let Err(error) = open.mark.write_all_at(mark_of(commits).as_bytes(), 0) {
             log::warn!("the mark of the store cannot be written, so that damage of its last commit may go unnoticed: {error}");
@@ -252,10 +251,9 @@ pub(super) fn make(dir: &Path, content: &Loaded) -> Result<(), Error> {
     // Of a making that was cut short. One that is under way elsewhere finds its file gone when it comes to linking.
     remove(&hidden).and_then(|()| remove(&dir.join(MARK_FILE))).map_err(in_dir)?;
     let file = OpenOptions::new().read(true).write(true).create_new(true).mode(FILE_MODE).open(&hidden).map_err(in_dir)?;
-    let failed = |cause| sort(&path, cause);
-    let database = builder().create_file(file).map_err(|error| failed(error.into()))?;
+    let database = builder().create_file(file).map_err(sorted(&path))?;
     let rows = content.records.iter().map(|stored| (stored.workload.id.clone(), Some(stored.to_json()))).collect();
-    write(&database, &Batch { rows, revision: content.revision }, 1).map_err(failed)?;
+    write(&path, &database, &Batch { rows, revision: content.revision }, 1)?;
     drop(database);
     fs::hard_link(&hidden, &path).map_err(|cause| match cause.kind() {
         io::ErrorKind::AlreadyExists => Error::Exists(path.clone()),
@@ -325,9 +323,9 @@ fn check_geometry(path: &Path) -> Result<(), Error> {
 fn open(dir: &Path) -> Result<(Open, Loaded), Error> {
     let path = dir.join(FILE);
     check_geometry(&path)?;
-    let mut database = builder().open(&path).map_err(|error| sort(&path, error.into()))?;
+    let mut database = builder().open(&path).map_err(sorted(&path))?;
     // Where the process before was killed, this repairs what needs it; a commit that was interrupted is undone.
-    database.check_integrity().map_err(|error| sort(&path, error.into()))?;
+    database.check_integrity().map_err(sorted(&path))?;
     let read = read(&path, &database)?;
     let mark = read_mark(dir)?;
     let damaged = |what: String| Error::Damaged { path: path.clone(), what };
@@ -344,11 +342,10 @@ struct Content {
 
 fn read(path: &Path, database: &Database) -> Result<Content, Error> {
     let damaged = |what: String| Error::Damaged { path: path.to_owned(), what };
-    let failed = |cause: redb::Error| sort(path, cause);
-    let transaction = database.begin_read().map_err(|error| failed(error.into()))?;
-    let store = transaction.open_table(STORE).map_err(|error| failed(error.into()))?;
+    let transaction = database.begin_read().map_err(sorted(path))?;
+    let store = transaction.open_table(STORE).map_err(sorted(path))?;
     let number = |key: &str| {
-        let found = store.get(key).map_err(|error| failed(error.into()))?.map(|value| value.value());
+        let found = store.get(key).map_err(sorted(path))?.map(|value| value.value());
         found.ok_or_else(|| damaged(format!("it has no {key}")))
     };
     let found = number(FORMAT_KEY)?;
@@ -356,10 +353,10 @@ fn read(path: &Path, database: &Database) -> Result<Content, Error> {
         return Err(Error::Format { path: path.to_owned(), found });
     }
     let (revision, commits) = (number(REVISION_KEY)?, number(COMMITS_KEY)?);
-    let rows = transaction.open_table(WORKLOADS).map_err(|error| failed(error.into()))?;
+    let rows = transaction.open_table(WORKLOADS).map_err(sorted(path))?;
     let mut records = Vec::new();
-    for row in rows.iter().map_err(|error| failed(error.into()))? {
-        let (key, value) = row.map_err(|error| failed(error.into()))?;
+    for row in rows.iter().map_err(sorted(path))? {
+        let (key, value) = row.map_err(sorted(path))?;
         let row = |what: &dyn fmt::Display| damaged(format!("workload {:?}: {what}", key.value()));
         match Line::parse(value.value()).map_err(|problems: Problems| row(&problems))? {
             Line::Workload(stored) if stored.workload.id.as_str() == key.value() => records.push(*stored),
@@ -372,26 +369,31 @@ fn read(path: &Path, database: &Database) -> Result<Content, Error> {
     Ok(Content { loaded: Loaded { records, revision }, commits })
 }
 
-fn write(database: &Database, batch: &Batch, commits: u64) -> Result<(), redb::Error> {
+fn write(path: &Path, database: &Database, batch: &Batch, commits: u64) -> Result<(), Error> {
     failpoint::pass("control_plane-store-before");
-    let mut transaction = database.begin_write()?;
+    let mut transaction = database.begin_write().map_err(sorted(path))?;
     transaction.set_two_phase_commit(true);
     {
-        let mut store = transaction.open_table(STORE)?;
-        store.insert(FORMAT_KEY, FORMAT)?;
-        store.insert(REVISION_KEY, batch.revision)?;
-        store.insert(COMMITS_KEY, commits)?;
-        let mut workloads = transaction.open_table(WORKLOADS)?;
+        let mut store = transaction.open_table(STORE).map_err(sorted(path))?;
+        store.insert(FORMAT_KEY, FORMAT).map_err(sorted(path))?;
+        store.insert(REVISION_KEY, batch.revision).map_err(sorted(path))?;
+        store.insert(COMMITS_KEY, commits).map_err(sorted(path))?;
+        let mut workloads = transaction.open_table(WORKLOADS).map_err(sorted(path))?;
         for (id, row) in &batch.rows {
             match row {
-                Some(row) => workloads.insert(id.as_str(), row.as_bytes())?,
-                None => workloads.remove(id.as_str())?,
-            };
+                Some(row) => workloads.insert(id.as_str(), row.as_bytes()),
+                None => workloads.remove(id.as_str()),
+            }
+            .map_err(sorted(path))?;
         }
     }
-    transaction.commit()?;
+    transaction.commit().map_err(sorted(path))?;
     failpoint::pass("control_plane-store-after");
     Ok(())
+}
+
+fn sorted<E: Into<redb::Error>>(path: &Path) -> impl FnOnce(E) -> Error + '_ {
+    |cause| sort(path, cause.into())
 }
 
 struct Mark {
@@ -433,7 +435,8 @@ fn sort(path: &Path, cause: redb::Error) -> Error {
         redb::Error::Io(error) if matches!(error.kind(), io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof) => {
             Error::Damaged { path, what: format!("it is no file of redb, or not all of one ({error})") }
         }
-        cause @ (redb::Error::Io(_) | redb::Error::PreviousIo) => Error::Io { path, cause },
+        redb::Error::Io(cause) => Error::Io { path, cause },
+        redb::Error::PreviousIo => Error::Io { path, cause: io::Error::other("there was an error before") },
         cause => Error::Damaged { path, what: cause.to_string() },
     }
 }

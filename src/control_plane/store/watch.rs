@@ -47,7 +47,7 @@ pub(in super::super) enum Next {
     /// These.
     Changes(Vec<Arc<Change>>),
     /// What it should get is not kept any more, or never was.
-    Gone(Kept),
+    Gone,
     /// Nothing happened.
     Quiet,
 }
@@ -93,7 +93,7 @@ impl History {
     /// The first changes after `revision`.
     pub(super) fn after(&self, revision: u64) -> Next {
         if !(self.oldest..=self.newest).contains(&revision) {
-            return Next::Gone(self.kept());
+            return Next::Gone;
         }
         let start = self.changes.partition_point(|change| change.revision <= revision);
         let next: Vec<Arc<Change>> = self.changes.iter().skip(start).take(limits::EVENTS_BATCH_MAX).map(Arc::clone).collect();
@@ -113,7 +113,7 @@ mod tests {
     fn revisions(next: Next) -> Vec<u64> {
         match next {
             Next::Changes(changes) => changes.iter().map(|change| change.revision).collect(),
-            Next::Gone(kept) => panic!("{kept:?}"),
+            Next::Gone => panic!("gone"),
             Next::Quiet => Vec::new(),
         }
     }
@@ -130,7 +130,7 @@ mod tests {
         assert_eq!(revisions(history.after(102)), [103, 104]);
         assert!(revisions(history.after(104)).is_empty());
         for strange in [99, 105, 0, u64::MAX] {
-            assert!(matches!(history.after(strange), Next::Gone(Kept { oldest: 100, newest: 104 })), "{strange}");
+            assert!(matches!(history.after(strange), Next::Gone), "{strange}");
         }
         (105..300).for_each(|revision| history.push(change(revision, &record)));
         assert_eq!(revisions(history.after(100)).len(), limits::EVENTS_BATCH_MAX);
@@ -145,7 +145,7 @@ mod tests {
         assert_eq!(history.kept(), Kept { oldest: 0, newest: count });
         history.push(change(count + 1, &small));
         assert_eq!(history.kept(), Kept { oldest: 1, newest: count + 1 });
-        assert!(matches!(history.after(0), Next::Gone(_)));
+        assert!(matches!(history.after(0), Next::Gone));
 
         let mut large = record("b");
         large.status.message = Some("x".repeat(limits::EVENTS_BYTES_MAX / 2));

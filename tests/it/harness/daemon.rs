@@ -53,10 +53,20 @@ impl Daemon {
         args: &[String],
         environment: &[(&str, &str)],
     ) -> Result<(Self, Vec<String>), ExitStatus> {
+        let mut command = command(program);
+        command.envs(environment.iter().copied());
+        Self::try_start_as(command, name, dir, args)
+    }
+
+    /// The same with a command that ends in the program.
+    pub fn start_as(command: Command, name: &str, dir: &Path, args: &[String]) -> (Self, Vec<String>) {
+        Self::try_start_as(command, name, dir, args).unwrap_or_else(|status| panic!("{name} ended instead of serving: {status}"))
+    }
+
+    fn try_start_as(mut command: Command, name: &str, dir: &Path, args: &[String]) -> Result<(Self, Vec<String>), ExitStatus> {
         let (log, ready) = (dir.join(format!("{name}.log")), dir.join(format!("{name}.ready")));
         let _ = fs::remove_file(&ready); // Of an earlier life.
-        let mut command = command(program);
-        command.args(args).arg("--until-eof").arg("--ready-file").arg(&ready).envs(environment.iter().copied());
+        command.args(args).arg("--until-eof").arg("--ready-file").arg(&ready);
         let mut daemon = Self::spawn(command, name, &log);
         let lines = eventually(&format!("{name} serves"), SOON_MS, || match daemon.try_wait() {
             Some(status) => Some(Err(status)),

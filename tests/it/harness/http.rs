@@ -56,6 +56,15 @@ impl Answer {
     }
 }
 
+fn request(method: &str, target: &str, headers: &[&str], body: &[u8]) -> Vec<u8> {
+    let mut head = format!("{method} {target} HTTP/1.1\r\nHost: test\r\n");
+    headers.iter().for_each(|header| head.extend([header, "\r\n"]));
+    if !body.is_empty() || method == "POST" || method == "PUT" {
+        head.push_str(&format!("Content-Length: {}\r\n", body.len()));
+    }
+    [head.as_bytes(), b"\r\n", body].concat()
+}
+
 impl Http {
     pub fn connect(address: SocketAddr) -> Self {
         let socket = TcpStream::connect(address).unwrap_or_else(|error| panic!("{address}: {error}"));
@@ -63,6 +72,19 @@ impl Http {
         socket.set_read_timeout(Some(Duration::from_millis(SOON_MS))).expect("a socket");
         socket.set_write_timeout(Some(Duration::from_millis(SOON_MS))).expect("a socket");
         Self { socket, buffer: Vec::new() }
+    }
+
+    /// A connection to a server that may not be there.
+    pub fn try_connect(address: SocketAddr) -> Option<Self> {
+        let socket = TcpStream::connect(address).ok()?;
+        socket.set_read_timeout(Some(Duration::from_millis(SOON_MS))).ok()?;
+        Some(Self { socket, buffer: Vec::new() })
+    }
+
+    /// Asks a server that may die before it has answered.
+    pub fn try_ask(&mut self, method: &str, target: &str, headers: &[&str], body: &[u8]) -> Option<Answer> {
+        self.try_send(&request(method, target, headers, body)).ok()?;
+        self.next()
     }
 
     /// How long a read may wait from now on.
@@ -111,12 +133,7 @@ impl Http {
 
     /// Sends a request with these headers and this body, and reads the response.
     pub fn ask(&mut self, method: &str, target: &str, headers: &[&str], body: &[u8]) -> Answer {
-        let mut head = format!("{method} {target} HTTP/1.1\r\nHost: test\r\n");
-        headers.iter().for_each(|header| head.extend([header, "\r\n"]));
-        if !body.is_empty() || method == "POST" || method == "PUT" {
-            head.push_str(&format!("Content-Length: {}\r\n", body.len()));
-        }
-        self.send(&[head.as_bytes(), b"\r\n", body].concat());
+        self.send(&request(method, target, headers, body));
         if method == "HEAD" { self.head() } else { self.answer() }
     }
 

@@ -1,13 +1,15 @@
 //! A control plane under test.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::{Command, ExitStatus};
 use std::thread;
 
 use kakuri::net::Address;
 use serde_json::Value;
 
 use super::agent::address_of;
-use super::daemon::{Daemon, PLANE};
+use super::daemon::{Daemon, PLANE, command};
 use super::http::{Answer, Http};
 use super::{Agent, Place, SOON_MS, eventually, until};
 
@@ -26,9 +28,7 @@ impl<'a> Plane<'a> {
     /// Starts one that has these agents for nodes, and waits until it knows them.
     pub fn start(place: &'a Place, agents: &[&Agent<'_>], flags: &[&str]) -> Self {
         let mut plane = Self::start_now(place, agents, flags);
-        until("all nodes are ready", || {
-            plane.get("/nodes").json()["items"].as_array().is_some_and(|all| all.iter().all(|n| n["ready"] == true))
-        });
+        plane.wait_until_ready();
         until("connections end", || plane.connections() == 0);
         plane.idle = Some(plane.size());
         plane
@@ -122,10 +122,44 @@ impl<'a> Plane<'a> {
 
     /// Starts it again where it was.
     pub fn again(&mut self) {
+        self.again_as(command(PLANE));
+    }
+
+    /// Starts it again where it was, to die at a failpoint.
+    pub fn again_to_die_at(&mut self, place: &str) {
+        let mut command = command(PLANE);
+        command.env("KAKURI_DIE_AT", place);
+        self.again_as(command);
+    }
+
+    /// Starts it again where it was, by a command of the test's.
+    pub fn again_as(&mut self, command: Command) {
         assert!(self.daemon.is_none(), "it still runs");
         let at = self.flags.iter().position(|flag| flag == "--listen").expect("a usual flag");
         self.flags[at + 1] = self.address.to_string();
-        self.daemon = Some(Daemon::start(PLANE, "plane", &self.place.dir.join(""), &self.flags).0);
+        self.daemon = Some(Daemon::start_as(command, "plane", &self.place.dir.join(""), &self.flags).0);
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, name: &str) {
+        self.daemon.as_ref().expect("it runs").signal(name);
+    }
+
+    /// Waits for an end that something else brought about.
+    pub fn wait_for_end(&mut self) -> ExitStatus {
+        self.daemon.take().expect("it runs").wait(SOON_MS)
+    }
+
+    /// Its data directory.
+    pub fn data_dir(&self) -> PathBuf {
+        self.place.dir.join("plane")
+    }
+
+    /// Waits until all its nodes are ready.
+    pub fn wait_until_ready(&self) {
+        until("all nodes are ready", || {
+            self.get("/nodes").json()["items"].as_array().is_some_and(|all| all.iter().all(|n| n["ready"] == true))
+        });
     }
 
     /// How many connections it serves now.
@@ -138,6 +172,12 @@ impl<'a> Plane<'a> {
         let daemon = self.daemon.as_ref().expect("it runs");
         [daemon.threads().len(), daemon.descriptors().len()]
     }
+}
+
+/// One request to a control plane that may die over it.
+pub fn try_ask(address: SocketAddr, method: &str, target: &str, body: Option<&Value>) -> Option<Answer> {
+    let body = body.map(ToString::to_string).unwrap_or_default();
+    Http::try_connect(address)?.try_ask(method, target, &["Connection: close", "Content-Type: application/json"], body.as_bytes())
 }
 
 impl Drop for Plane<'_> {
