@@ -151,7 +151,13 @@ fn handle(agent: &Agent, request: Request, client: &mut Client<'_>) -> Result<()
             let waited = wait_ms.and_then(|ms| agent.registry.wait(&id, Until::Terminal, Deadline::within_ms(ms, "wait"), client.stopping));
             status_reply(agent, &id, waited.or_else(|| agent.registry.status(&id)).or(stopped))
         }
-        Request::UpdateWorkload { id, labels } => status_reply(agent, &id, agent.registry.update_labels(&id, labels)),
+        Request::UpdateWorkload { id, labels } => {
+            let updated = agent.registry.update_labels(&id, labels);
+            if let Some(unsaved) = unsaved(agent, &id, client) {
+                return client.send(&unsaved);
+            }
+            status_reply(agent, &id, updated)
+        }
         Request::Watch { since } => return watch(agent, since, client),
     };
     client.send(&reply)

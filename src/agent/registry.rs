@@ -274,12 +274,14 @@ impl Registry {
         let mut inner = self.lock();
         let entry = inner.entries.get_mut(id)?;
         if entry.workload.spec.labels != labels {
+            entry.hold();
             let mut workload = entry.workload.as_ref().clone();
             workload.spec.labels = labels;
             entry.workload = Arc::new(workload);
+            entry.ledger.is_accept_saved = false;
             self.publish(&mut inner, id, EventKind::Modified);
         }
-        inner.entries.get(id).map(|entry| (entry.state, entry.status.clone()))
+        inner.entries.get(id).map(seen)
     }
 
     /// Asks for a workload to be removed and forgotten; whether there is one.

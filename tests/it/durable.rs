@@ -392,7 +392,7 @@ fn a_full_disk_refuses_new_work_and_loses_nothing() {
 #[test]
 fn an_agent_replaces_labels_as_told() {
     let place = Place::sim(&[]);
-    let agent = place.agent(&[]);
+    let mut agent = place.agent(&[]);
     let before = agent.run(&sleeper(&place, "a"));
     let mut watch = agent.line();
     watch.tell(&json!({"type": "Watch"}));
@@ -417,6 +417,11 @@ fn an_agent_replaces_labels_as_told() {
     for bad in [Value::Null, json!([]), json!({"a": 1}), json!({"a b": "x"})] {
         assert_eq!(expect_error(update("a", bad.clone())).code, ErrorCode::InvalidArgument, "{bad}");
     }
+    drop(watch);
+    agent.kill();
+    agent.again();
+    assert_eq!(agent.list()[0].spec["labels"], json!({"tier": "web"}), "what it answered for it remembers");
+    let update = |id: &str, labels: Value| agent.ask(&json!({"type": "UpdateWorkload", "id": id, "labels": labels}));
     assert_eq!(expect_status(update("a", json!({}))).0, State::Running);
     assert_eq!(agent.list()[0].spec.get("labels"), None);
 }

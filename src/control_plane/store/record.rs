@@ -15,8 +15,8 @@ use crate::deadline::Timestamp;
 use crate::limits;
 use crate::report::clip;
 use crate::wire::agent::Object;
-use crate::wire::stored::Stored;
 use crate::wire::status::{Placement, Status};
+use crate::wire::stored::Stored;
 use crate::wire::workload::to_map;
 use crate::workload::{Desired, Draft, Name, Phase, Reason, Spec, State, Workload};
 

@@ -11,8 +11,8 @@ use serde_json::Map;
 use super::disk::Batch;
 use super::*;
 use crate::deadline::{Deadline, Timestamp};
-use crate::wire::stored::Stored;
 use crate::wire::status::Status;
+use crate::wire::stored::Stored;
 use crate::wire::{json, workload};
 use crate::workload::{Draft, Name, Phase};
 
@@ -178,6 +178,9 @@ fn those_that_ended_first_are_the_surplus() {
     assert_eq!((surplus(2), surplus(1)), ("".into(), "c".into()));
 }
 
+/// The rows of a commit, and whether each stays.
+type Rows = Vec<(String, bool)>;
+
 /// A disk that does what it is told, and remembers what it was given.
 #[derive(Clone, Default)]
 struct Scripted {
@@ -185,8 +188,7 @@ struct Scripted {
     is_stuck: Arc<AtomicBool>,
     begun: Arc<AtomicU64>,
     is_full: Arc<AtomicBool>,
-    /// The rows of each commit.
-    commits: Arc<Mutex<Vec<Vec<(String, bool)>>>>,
+    commits: Arc<Mutex<Vec<Rows>>>,
     revision: Arc<AtomicU64>,
 }
 
@@ -198,7 +200,7 @@ impl Disk for Scripted {
             let cause = redb_full();
             return Err(cause);
         }
-        let rows = batch.rows.iter().map(|(id, row)| (id.to_string(), row.is_some())).collect();
+        let rows: Rows = batch.rows.iter().map(|(id, row)| (id.to_string(), row.is_some())).collect();
         self.commits.lock().expect("not poisoned").push(rows);
         self.revision.store(batch.revision, Ordering::SeqCst);
         Ok(())
