@@ -159,7 +159,8 @@ impl Registry {
         for (id, uid, change) in batch.about {
             let Some(entry) = inner.entries.get_mut(&id).filter(|entry| entry.uid == uid) else { continue };
             entry.ledger.saved = entry.ledger.saved.max(change);
-            entry.ledger.is_accept_saved = true;
+            // What changed since the batch was made may be of what was accepted, and then the next one has to have it.
+            entry.ledger.is_accept_saved |= entry.ledger.change == change;
             self.release(&mut inner, &id);
         }
         self.changed.notify_all();
