@@ -731,7 +731,8 @@ impl Reader {
             let name = self.check(&header, Name::new);
             let base = self.file.directory.clone();
             let raw = raw.into_inner();
-            if raw.file.is_none() {
+            // A key that is there but broken has been reported already.
+            if raw.file.is_none() && self.problems.is_empty() {
                 self.problem(&header.origin, "file is missing: a set of credentials is a docker config.json");
             }
             let file = self.file_one(raw.file, |text| absolute(&base, text));

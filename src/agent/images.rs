@@ -10,7 +10,7 @@
 //! configuration refuses is final.
 //!
 //! Policies are the kubelet's: `always` asks the registry at every start, a digest or not; `if-not-present` and `never` take what
-//! is there. What kakuri pulled with credentials is there only for those who show the same ([`ledger::Source`]): others pull, and
+//! is there. What kakuri pulled with credentials is there only for those who show the same: others pull, and
 //! the registry decides. What somebody else put there is there for everybody.
 //!
 //! Invariant: for each key at most one pull is under way; at most `pulls_max` are in all.
