@@ -247,8 +247,7 @@ impl Request {
 const REVISION_MAX: u64 = (1 << 53) - 1;
 
 /// The types of requests, for the error that lists them.
-const TYPES: &str =
-    "Auth, CollectImages, DeleteWorkload, Exec, GetLogs, GetNode, GetStatus, ListWorkloads, Ping, StartWorkload, StopWorkload, \
+const TYPES: &str = "Auth, CollectImages, DeleteWorkload, Exec, GetLogs, GetNode, GetStatus, ListWorkloads, Ping, StartWorkload, StopWorkload, \
      UpdateWorkload, Watch";
 
 fn read(fields: &mut Fields<'_>) -> (Option<Request>, Option<String>) {
