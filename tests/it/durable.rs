@@ -396,6 +396,8 @@ fn an_agent_replaces_labels_as_told() {
     let before = agent.run(&sleeper(&place, "a"));
     let mut watch = agent.line();
     watch.tell(&json!({"type": "Watch"}));
+    // Up to the end of the list of what there is.
+    while !matches!(watch.reply_or_heartbeat(), Reply::Heartbeat { .. }) {}
     let update = |id: &str, labels: Value| agent.ask(&json!({"type": "UpdateWorkload", "id": id, "labels": labels}));
     for _ in 0..2 {
         let (state, status) = expect_status(update("a", json!({"tier": "web"})));
