@@ -147,6 +147,13 @@ impl Track {
         self.due = None;
     }
 
+    /// What it writes to, if it has not written since the last look: most have not, and then one look at one file is enough.
+    fn unchanged(&self, dir: &Path) -> Option<(Name, u64)> {
+        let (name, bytes, _) = self.last.as_ref().filter(|(name, ..)| name.is_live())?;
+        let is_same = fs::symlink_metadata(dir.join(name.to_string())).is_ok_and(|metadata| metadata.len() == *bytes);
+        is_same.then_some((*name, *bytes))
+    }
+
     /// Notes what is in the file it writes to, and how fast that grew.
     fn measure(&mut self, name: Name, bytes: u64) {
         if let Some((before, had, watch)) = &self.last {
@@ -207,6 +214,7 @@ impl Keeper<'_> {
             if is_changed {
                 track.due = None;
                 track.retry = None;
+                track.last = None;
             }
             track.owner = owner;
             self.tracks.insert(id, track);
@@ -238,7 +246,12 @@ impl Keeper<'_> {
         let LogLimits { file_bytes, files: count, check_ms, .. } = self.limits;
         // An ended workload writes no more.
         let idle_ms = if track.is_running() { check_ms } else { limits::LOG_CHECK_MS_MAX };
-        let Some(files) = ours(&self.agent.log_dir(&track.owner.id, &track.owner.uid), &self.mark)? else {
+        let dir = self.agent.log_dir(&track.owner.id, &track.owner.uid);
+        if let Some((name, bytes)) = track.unchanged(&dir).filter(|(_, bytes)| *bytes < file_bytes) {
+            track.measure(name, bytes);
+            return Ok(half_way_ms(file_bytes - bytes, track.pace, idle_ms));
+        }
+        let Some(files) = ours(&dir, &self.mark)? else {
             track.forget();
             return Ok(idle_ms);
         };
