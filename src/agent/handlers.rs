@@ -285,7 +285,8 @@ fn refresh(agent: &Agent, id: &WorkloadId) {
         return;
     };
     let endpoint = agent.endpoint(endpoint);
-    let is_fresh = Timestamp::now().as_millis().saturating_sub(observed_at.as_millis()) < limits::FRESH_MS;
+    // A clock that was set back makes it of the future, and as stale as one of the past.
+    let is_fresh = Timestamp::now().as_millis().abs_diff(observed_at.as_millis()) < limits::FRESH_MS;
     // While the runtime does not answer, every question would wait for nothing; the relist says when it is back.
     if !is_fresh && endpoint.health().error.is_none() {
         reconcile::ask(agent, endpoint, id, version, &container_id);
@@ -480,7 +481,7 @@ fn describe(agent: &Agent) -> Node {
     for endpoint in &agent.node.endpoints {
         let health = endpoint.health();
         let at = if several { format!(" ({})", endpoint.client.endpoint().display()) } else { String::new() };
-        let age_ms = health.listed_at.map(|at| Timestamp::now().as_millis().saturating_sub(at.as_millis()));
+        let age_ms = health.listed.map(|listed| listed.elapsed_ms());
         let (ok, message) = match (health.error, age_ms) {
             (Some(error), _) => (false, error),
             (None, None) => (false, "not listed yet".to_owned()),

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use crate::config::{AgentConfig, CRI_SOCKETS, ClassConfig};
 use crate::cri::Client;
 use crate::cri::runtime::{Class, Seen};
-use crate::deadline::{Deadline, Timestamp};
+use crate::deadline::{Deadline, Stopwatch, Timestamp};
 use crate::limits;
 use crate::net::Stream;
 use crate::report::Chain;
@@ -49,6 +49,8 @@ pub struct Health {
     pub conditions: Vec<Condition>,
     /// When a relist last worked.
     pub listed_at: Option<Timestamp>,
+    /// How long ago that was, by a clock that nobody sets.
+    pub listed: Option<Stopwatch>,
     /// Why the last call did not work.
     pub error: Option<String>,
     /// It sends events, so relists may be rarer.
@@ -100,7 +102,7 @@ impl Endpoint {
                 if health.error.take().is_some() {
                     log::info!("runtime at {} answers again", self.client.endpoint().display());
                 }
-                health.listed_at = Some(Timestamp::now());
+                (health.listed_at, health.listed) = (Some(Timestamp::now()), Some(Stopwatch::start()));
             }
             Err(error) => {
                 if health.error.as_ref() != Some(&error) {
