@@ -12,6 +12,7 @@ mod agent;
 mod api;
 mod bad_input;
 mod cli;
+mod clock;
 mod crash;
 mod durable;
 mod examples;

@@ -30,6 +30,7 @@ use crate::harness::dice::Dice;
 use crate::harness::place::{Lab, soon};
 use crate::harness::{Agent, Place, Plane, within};
 use client::{Client, Presence, Slot};
+use model::is_restarting;
 use weather::World;
 
 /// How long all may take to agree once the weather is fair. The longest pause anybody makes between two attempts is 30 s.
@@ -259,7 +260,7 @@ fn settle(storm: &Storm, world: &World<'_>, slots: &[Slot], seen: &mut [witness:
     storm.check();
     for slot in slots {
         let ran: BTreeSet<&String> = seen.iter().filter_map(|s| s.ran.get(&slot.id)).flat_map(|uids| uids.values().flatten()).collect();
-        let may_repeat = !storm.agents_remember && (slot.id.starts_with('l') || slot.meddling.is_harmed);
+        let may_repeat = is_restarting(&slot.id) || !storm.agents_remember && (slot.id.starts_with('l') || slot.meddling.is_harmed);
         assert!(
             ran.len() <= slot.lives || may_repeat,
             "storm: violation: {} was accepted {} times and ran as {ran:?}",
@@ -350,6 +351,8 @@ impl View {
             let node = item["status"]["node"].as_str()?;
             let Some(at) = self.nodes.iter().position(|n| n == node) else { return Some(format!("{id} is on {node}, which is none")) };
             match self.known[at].get(id) {
+                // It may be on the way from one run to the next for ever.
+                Some(_) if is_restarting(id) => {}
                 _ if state == State::Pending => return Some(format!("{id} is still pending: {item}")),
                 _ if item["status"]["phase"] == "Stopping" => return Some(format!("{id} is still stopping: {item}")),
                 Some(object) if object.state != state || object.status.exit_code.map(i64::from) != item["status"]["exit_code"].as_i64() => {
@@ -387,6 +390,10 @@ impl View {
     fn differs(&self, at: usize, id: &str, object: &Object) -> Option<String> {
         let sandboxes: Vec<_> = self.sandboxes[at].iter().filter(|(of, ..)| of == id).collect();
         let containers: Vec<_> = self.containers[at].iter().filter(|(of, ..)| of == id).collect();
+        if is_restarting(id) {
+            let running = containers.iter().filter(|(.., state)| *state == ContainerState::ContainerRunning).count();
+            return (running > 1).then(|| format!("{id} runs {running} times: {containers:?}"));
+        }
         let fits = match object.state {
             State::Pending => false,
             State::Running => {

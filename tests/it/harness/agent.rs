@@ -26,6 +26,8 @@ pub struct Agent<'a> {
     /// Where it listens, the first listener.
     pub address: Address,
     flags: Vec<String>,
+    /// More for its environment, from the next time it is started on.
+    pub environment: Vec<(String, String)>,
     /// Threads, descriptors that are no sockets, and sockets, when it was ready and idle.
     idle: Option<[usize; 3]>,
     line: RefCell<Option<Line>>,
@@ -66,7 +68,17 @@ impl<'a> Agent<'a> {
         let flags: Vec<String> = missing.chain(flags.iter().copied()).map(str::to_owned).collect();
         let (daemon, lines) = Daemon::start_to_die(AGENT, name, &place.dir.join(""), &flags, die_at);
         let address = lines.first().and_then(|line| address_of(line)).expect("an address in the ready file");
-        Self { place, name: name.to_owned(), node, daemon: Some(daemon), address, flags, idle: None, line: RefCell::default() }
+        Self {
+            place,
+            name: name.to_owned(),
+            node,
+            daemon: Some(daemon),
+            address,
+            flags,
+            environment: Vec::new(),
+            idle: None,
+            line: RefCell::default(),
+        }
     }
 
     /// Waits until it takes work, and notes what it is made of when idle.
@@ -224,7 +236,9 @@ impl<'a> Agent<'a> {
     /// Starts it again where it was.
     pub fn again_now(&mut self) {
         self.stay_where_it_was();
-        self.daemon = Some(Daemon::start(AGENT, &self.name, &self.place.dir.join(""), &self.flags).0);
+        let environment: Vec<(&str, &str)> = self.environment.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+        let started = Daemon::try_start(AGENT, &self.name, &self.place.dir.join(""), &self.flags, &environment);
+        self.daemon = Some(started.unwrap_or_else(|status| panic!("{} ended instead of serving: {status}", self.name)).0);
     }
 
     /// Starts it again to die at a failpoint, `NAME@N`; whether it serves before it does.
@@ -267,7 +281,7 @@ impl<'a> Agent<'a> {
     fn size(&self) -> [usize; 3] {
         let daemon = self.daemon.as_ref().expect("it runs");
         let (sockets, others): (Vec<_>, Vec<_>) =
-            daemon.descriptors().into_iter().partition(|d| d.to_string_lossy().starts_with("socket:"));
+            daemon.descriptors().into_iter().filter(|d| !is_of_clock(d)).partition(|d| d.to_string_lossy().starts_with("socket:"));
         [daemon.threads().len(), others.len(), sockets.len()]
     }
 }
@@ -283,6 +297,11 @@ pub fn read_logs(line: &mut Line) -> Vec<LogLine> {
             other => panic!("{}", brief(&other)),
         }
     }
+}
+
+/// What libfaketime holds in a daemon that runs with it.
+pub fn is_of_clock(descriptor: &std::path::Path) -> bool {
+    descriptor.starts_with("/dev/shm")
 }
 
 /// The address in a line of a ready file.

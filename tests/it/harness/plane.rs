@@ -8,7 +8,7 @@ use std::thread;
 use kakuri::net::Address;
 use serde_json::Value;
 
-use super::agent::address_of;
+use super::agent::{address_of, is_of_clock};
 use super::daemon::{Daemon, PLANE, command};
 use super::http::{Answer, Http};
 use super::{Agent, Place, SOON_MS, eventually, until};
@@ -20,6 +20,7 @@ pub struct Plane<'a> {
     /// Where it listens.
     pub address: SocketAddr,
     flags: Vec<String>,
+    environment: Vec<(String, String)>,
     /// Threads and descriptors when all nodes were ready and nobody was connected.
     idle: Option<[usize; 2]>,
 }
@@ -45,7 +46,7 @@ impl<'a> Plane<'a> {
             Some(Address::Tcp(address)) => address,
             other => panic!("{other:?}"),
         };
-        Self { place, daemon: Some(daemon), address, flags: all, idle: None }
+        Self { place, daemon: Some(daemon), address, flags: all, environment: Vec::new(), idle: None }
     }
 
     /// The daemon itself.
@@ -122,7 +123,9 @@ impl<'a> Plane<'a> {
 
     /// Starts it again where it was.
     pub fn again(&mut self) {
-        self.again_as(command(PLANE));
+        let mut command = command(PLANE);
+        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
+        self.again_as(command);
     }
 
     /// Starts it again where it was, to die at a failpoint.
@@ -155,6 +158,13 @@ impl<'a> Plane<'a> {
         self.place.dir.join("plane")
     }
 
+    /// Starts it anew with more in its environment.
+    pub fn restart_with(&mut self, environment: Vec<(String, String)>) {
+        self.terminate();
+        self.environment = environment;
+        self.again();
+    }
+
     /// Waits until all its nodes are ready.
     pub fn wait_until_ready(&self) {
         until("all nodes are ready", || {
@@ -170,7 +180,7 @@ impl<'a> Plane<'a> {
 
     fn size(&self) -> [usize; 2] {
         let daemon = self.daemon.as_ref().expect("it runs");
-        [daemon.threads().len(), daemon.descriptors().len()]
+        [daemon.threads().len(), daemon.descriptors().iter().filter(|d| !is_of_clock(d)).count()]
     }
 }
 

@@ -12,7 +12,7 @@ use kakuri::workload::State;
 use serde_json::{Value, json};
 
 use super::Storm;
-use super::model::{Meddling, Told, Wish, check_lines};
+use super::model::{Meddling, Told, Wish, check_each_line, check_lines, is_restarting};
 use crate::harness::dice::Dice;
 use crate::harness::http::Answer;
 use crate::harness::{Http, Line, brief};
@@ -104,7 +104,8 @@ impl<'a> Client<'a> {
 
     fn new_slot(&mut self) -> Slot {
         self.ids += 1;
-        let id = format!("{}-{}", self.name, self.ids);
+        let policy = if self.dice.below(6) == 0 { "r" } else { "" };
+        let id = format!("{}-{}{policy}", self.name, self.ids);
         let wish = Wish::any(&mut self.dice, &id, &self.nodes, self.storm.on_lab);
         let meddling = Meddling { is_forgetful: !self.remembers(), is_real: self.storm.on_lab, ..Meddling::default() };
         Slot { id, wish, presence: Presence::Absent, told: Told::default(), meddling, is_loose: false, lives: 0 }
@@ -394,6 +395,9 @@ impl<'a> Client<'a> {
         if self.storm.on_lab {
             // A containerd that is killed takes with it what it had read and not written.
             return Ok(());
+        }
+        if is_restarting(&slot.id) {
+            return check_each_line(lines.iter().map(String::as_str)).map_err(|rule| format!("logs: {rule}"));
         }
         let count = check_lines(lines.iter().map(String::as_str)).map_err(|rule| format!("logs: {rule}: {lines:?}"))?;
         if is_complete && count < super::model::LINES && !slot.meddling.is_harmed {

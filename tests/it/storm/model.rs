@@ -21,6 +21,8 @@ pub enum Fate {
     NoImage,
     /// Takes too much memory.
     Oom,
+    /// Ends with this code, and is started again by policy.
+    Restarts(i32),
     /// Runs until its time to live is over.
     Ttl,
 }
@@ -50,6 +52,11 @@ impl Wish {
             9 | 10 => (Fate::NoImage, "true".to_owned()),
             _ => (Fate::Ttl, format!("{}sleep 100000", lines("0.01"))),
         };
+        let (fate, command) = match dice.below(2) {
+            _ if !is_restarting(id) => (fate, command),
+            0 => (Fate::Restarts(0), lines("0.05")),
+            _ => (Fate::Restarts(7), format!("{}exit 7", lines("0.05"))),
+        };
         let image = match (fate, dice.below(6)) {
             (Fate::NoImage, _) => format!("localhost/not-found-{id}:1"),
             (_, 0) if !on_lab => format!("localhost/slow-{}-{id}:1", 50 + dice.below(600)),
@@ -62,6 +69,14 @@ impl Wish {
             "id": id, "image": image, "runtime_class": class, "memory_mb": 64, "command": ["sh", "-c", command],
             "stop_grace_ms": grace_ms, "start_deadline_ms": deadline_ms, "labels": {"from": "storm"},
         });
+        if let Fate::Restarts(code) = fate {
+            spec["restart_policy"] = json!(if code == 0 { "always" } else { "on-failure" });
+            spec["restart_backoff_ms"] = json!(100 + dice.below(400));
+            spec["restart_backoff_max_ms"] = json!(1000);
+            if code != 0 {
+                spec["restart_max_attempts"] = json!(1 + dice.below(4));
+            }
+        }
         if fate == Fate::Ttl {
             spec["ttl_ms"] = json!(200 + dice.below(2000));
         }
@@ -80,6 +95,11 @@ impl Wish {
         other["labels"] = json!({"from": "somebody-else"});
         other
     }
+}
+
+/// Whether the workloads of this id are restarted by policy.
+pub fn is_restarting(id: &str) -> bool {
+    id.ends_with('r')
 }
 
 /// What may have been done to a workload beside starting it.
@@ -144,8 +164,12 @@ impl Told {
             return broken("oom_killed and the reason disagree");
         }
         if let Some((was, before)) = &self.last {
-            if was != &state && (*was > state || was.is_terminal()) {
+            let is_again = matches!(fate, Fate::Restarts(_)) && !was.is_terminal() && status.restarts > before.restarts;
+            if was != &state && (*was > state || was.is_terminal()) && !is_again {
                 return broken("an illegal transition");
+            }
+            if status.restarts < before.restarts || (status.restarts > 0 && !matches!(fate, Fate::Restarts(_))) {
+                return broken("restarts that were not, or that nobody wanted");
             }
             if before.created_at != status.created_at && !meddling.is_forgetful {
                 return broken("another acceptance than before");
@@ -158,7 +182,7 @@ impl Told {
                 return broken("an ending that changed");
             }
             let has_moved = before.container_id.is_some() && before.container_id != status.container_id;
-            if self.has_run && has_moved {
+            if self.has_run && has_moved && !matches!(fate, Fate::Restarts(_)) {
                 return broken("another container than before");
             }
         }
@@ -181,8 +205,10 @@ fn judge(fate: Fate, meddling: Meddling, has_run: bool, status: &Status) -> Resu
         Fate::Exits(code) => (reason, exit) == (Reason::Error, Some(code)),
         Fate::Oom => (reason, exit) == (Reason::OomKilled, Some(137)),
         Fate::Ttl => reason == Reason::TtlExpired,
+        Fate::Restarts(code) => (reason, exit) == (Reason::Error, Some(code)) && code != 0,
         Fate::Forever | Fate::NoImage => false,
     };
+    let has_run = has_run && !matches!(fate, Fate::Restarts(_));
     let is_killed = || matches!(exit, None | Some(137 | 143));
     match status.reason {
         Some(reason) if is_fate(reason) => Ok(()),
@@ -203,6 +229,15 @@ fn judge(fate: Fate, meddling: Meddling, has_run: bool, status: &Status) -> Resu
         Some(Reason::Error) if meddling.is_forgetful && (meddling.is_stopped || fate == Fate::Ttl) && is_killed() => Ok(()),
         _ => Err("an end that nobody brought about"),
     }
+}
+
+/// Whether these are lines of a workload that may have run several times.
+///
+/// # Errors
+/// The line that is none.
+pub fn check_each_line<'a>(mut lines: impl Iterator<Item = &'a str>) -> Result<(), String> {
+    let is_none = |line: &&str| line.strip_prefix("line ").and_then(|n| n.parse::<usize>().ok()).is_none_or(|n| n >= LINES);
+    lines.find(is_none).map_or(Ok(()), |line| Err(format!("not a line of it: {line:?}")))
 }
 
 /// Checks the output of a workload: its lines in order, without gaps. A simulator that is killed in the moment of a line may print
