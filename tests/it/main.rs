@@ -15,6 +15,7 @@ mod cli;
 mod clock;
 mod crash;
 mod durable;
+mod disk;
 mod examples;
 mod faults;
 mod grpcio;

@@ -235,25 +235,26 @@ impl<'a> Agent<'a> {
 
     /// Starts it again where it was.
     pub fn again_now(&mut self) {
-        self.stay_where_it_was();
-        let environment: Vec<(&str, &str)> = self.environment.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
-        let started = Daemon::try_start(AGENT, &self.name, &self.place.dir.join(""), &self.flags, &environment);
-        self.daemon = Some(started.unwrap_or_else(|status| panic!("{} ended instead of serving: {status}", self.name)).0);
+        assert!(self.try_again(), "{} ended instead of serving", self.name);
     }
 
     /// Starts it again to die at a failpoint, `NAME@N`; whether it serves before it does.
     pub fn again_to_die(&mut self, at: &str) -> bool {
-        self.stay_where_it_was();
-        let dir = self.place.dir.join("");
-        let started = Daemon::try_start(AGENT, &self.name, &dir, &self.flags, &[("KAKURI_DIE_AT", at)]);
-        self.daemon = started.ok().map(|(daemon, _)| daemon);
-        self.daemon.is_some()
+        self.environment.push(("KAKURI_DIE_AT".to_owned(), at.to_owned()));
+        let serves = self.try_again();
+        self.environment.pop();
+        serves
     }
 
-    fn stay_where_it_was(&mut self) {
+    /// Starts it again where it was; whether it serves.
+    pub fn try_again(&mut self) -> bool {
         assert!(self.daemon.is_none(), "it still runs");
         let at = self.flags.iter().position(|flag| flag == "--listen").expect("a usual flag");
         self.flags[at + 1] = self.address.to_string();
+        let environment: Vec<(&str, &str)> = self.environment.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+        let started = Daemon::try_start(AGENT, &self.name, &self.place.dir.join(""), &self.flags, &environment);
+        self.daemon = started.ok().map(|(daemon, _)| daemon);
+        self.daemon.is_some()
     }
 
     /// Whether it ended by itself. [`Agent::again`] brings it back.

@@ -1,0 +1,116 @@
+//! A disk that is full: new work is refused, with the cause; nothing that was accepted is harmed; and all goes on when there is room.
+//!
+//! The disk is a small tmpfs in a mount namespace of its own, in which the test runs again as another process. That takes root.
+
+use std::fs::{self, OpenOptions};
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::Command;
+
+use kakuri::wire::agent::{ErrorCode, Reply};
+use kakuri::workload::State;
+use serde_json::json;
+
+use crate::harness::place::with;
+use crate::harness::{Dir, Place, expect_error, until};
+
+/// Set for the process that runs a test in a mount namespace of its own: its small disk.
+const SMALL_DISK: &str = "KAKURI_TEST_SMALL_DISK";
+
+/// Runs a test with a disk of so many KiB; says so where this machine cannot have one.
+fn on_a_small_disk(test: &str, kib: u32, run: impl FnOnce(&Disk)) {
+    if let Some(disk) = std::env::var_os(SMALL_DISK) {
+        return run(&Disk(PathBuf::from(disk)));
+    }
+    if !Command::new("unshare").args(["-m", "true"]).output().is_ok_and(|output| output.status.success()) {
+        println!("SKIPPED {test}: a mount namespace takes root");
+        return;
+    }
+    let dir = Dir::new();
+    let disk = dir.join("disk");
+    fs::create_dir(&disk).expect("made");
+    let script = format!(r#"mount -t tmpfs -o size={kib}k kakuri "$0" && exec "$@""#);
+    let mut command = Command::new("unshare");
+    command.args(["-m", "--propagation", "private", "sh", "-c", &script]).arg(&disk).arg(std::env::current_exe().expect("this"));
+    command.args(["--exact", &format!("disk::{test}"), "--nocapture"]).env(SMALL_DISK, &disk);
+    let output = command.output().expect("started");
+    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success() && out.contains("1 passed"), "{out}\n{err}");
+}
+
+struct Disk(PathBuf);
+
+impl Disk {
+    fn path(&self, name: &str) -> String {
+        self.0.join(name).display().to_string()
+    }
+
+    /// Leaves no byte.
+    fn fill(&self) {
+        let mut file = OpenOptions::new().create(true).append(true).open(self.0.join("fill")).expect("a file");
+        for size in [4096, 1] {
+            while file.write_all(&vec![b'x'; size]).is_ok() {}
+        }
+    }
+
+    fn empty(&self) {
+        fs::remove_file(self.0.join("fill")).expect("it was filled");
+    }
+}
+
+#[test]
+fn an_agent_with_a_full_disk_takes_no_work_and_loses_none() {
+    on_a_small_disk("an_agent_with_a_full_disk_takes_no_work_and_loses_none", 512, |disk| {
+        takes_no_work_and_loses_none(&Place::sim(&[]), disk);
+    });
+}
+
+fn takes_no_work_and_loses_none(place: &Place, disk: &Disk) {
+    let logs = place.dir.join("logs").display().to_string();
+    let mut agent = place.agent(&["--state-dir", &disk.path("state"), "--log-dir", &logs]);
+    let forever = |id: &str| with(place.workload(id, &["sleep", "1000"]), json!({"stop_grace_ms": 0}));
+    let before = agent.run(&forever("before"));
+    agent.settle(&place.workload("over", &["sh", "-c", "exit 4"]));
+    agent.ended("over");
+
+    disk.fill();
+    let error = expect_error(agent.ask(&json!({"type": "StartWorkload", "workload": forever("refused")})));
+    assert!(matches!(error.code, ErrorCode::ResourceExhausted | ErrorCode::Unavailable), "{error:?}");
+    assert!(error.message.contains("No space left on device"), "{error:?}");
+    until("the node says why it takes no work", || {
+        let node = agent.node();
+        !node.ready && node.conditions.iter().any(|c| !c.ok && c.message.contains("No space left on device"))
+    });
+    assert_eq!(agent.status("before").0, State::Running);
+    match agent.ask(&json!({"type": "Exec", "id": "before", "command": ["echo", "alive"]})) {
+        Reply::ExecResult(result) => assert_eq!(result.stdout, "alive\n"),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(place.sandboxes_of("refused"), [], "what was refused was not begun");
+    // Killed on a full disk, it may not begin again, and says why; or it does, and knows all.
+    agent.kill();
+    if agent.try_again() {
+        assert_eq!(agent.status("before").0, State::Running);
+        agent.kill();
+    } else {
+        let log = fs::read_to_string(place.dir.join("agent.log")).expect("a log");
+        assert!(log.lines().last().is_some_and(|line| line.contains("No space left on device")), "{log}");
+    }
+
+    disk.empty();
+    agent.again();
+    let (state, status) = agent.status("before");
+    assert_eq!((state, status.container_id), (State::Running, before.container_id));
+    let (state, status) = agent.status("over");
+    assert_eq!((state, status.exit_code), (State::Failed, Some(4)), "{status:?}");
+    assert_eq!(expect_error(agent.ask(&json!({"type": "GetStatus", "id": "refused"}))).code, ErrorCode::NotFound);
+    agent.run(&forever("refused"));
+    // And once more, without a new agent in between.
+    disk.fill();
+    let error = expect_error(agent.ask(&json!({"type": "StartWorkload", "workload": forever("third")})));
+    assert!(matches!(error.code, ErrorCode::ResourceExhausted | ErrorCode::Unavailable), "{error:?}");
+    disk.empty();
+    until("the node is ready again", || agent.node().ready);
+    agent.run(&forever("third"));
+    agent.stop_workload("before");
+}
