@@ -5,8 +5,8 @@
 //! wake-up costs time, not work.
 //!
 //! What only this agent knows is in its journal before anybody hears of it or acts upon it: acceptances, ends, what is to be stopped
-//! or deleted, restarts, and that a container may be about to run. A change calls [`Entry::hold`] first; the journal's writer takes
-//! what is unsaved in batches ([`journaled`]), and what was held back is told when it is on disk.
+//! or deleted, restarts, and that a container may be about to run. A change calls `Entry::hold` first; the journal's writer takes
+//! what is unsaved in batches (`journaled`), and what was held back is told when it is on disk.
 //!
 //! Invariant: `entries.len() <= AGENT_WORKLOADS_MAX`.
 //! Invariant: a terminal state never changes; an exit code once known never changes.

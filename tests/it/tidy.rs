@@ -28,7 +28,10 @@ const ARROWS: [(&str, &[&str]); 19] = [
     ("config", &["flags", "limits", "net", "report", "workload"]),
     ("daemon", &["limits", "net"]),
     ("agent", &["config", "cri", "daemon", "deadline", "failpoint", "flags", "grpc", "limits", "net", "report", "wire", "workload"]),
-    ("control_plane", &["config", "daemon", "deadline", "flags", "http", "limits", "metrics", "net", "report", "wire", "workload"]),
+    (
+        "control_plane",
+        &["config", "daemon", "deadline", "failpoint", "flags", "http", "limits", "metrics", "net", "report", "wire", "workload"],
+    ),
     ("sim", &["cri", "daemon", "deadline", "flags", "grpc", "limits", "net", "report", "workload"]),
     ("cli", &["config", "deadline", "flags", "limits", "net", "report", "workload"]),
     ("bin", &[]),

@@ -129,6 +129,8 @@ impl Registry {
                 match entry.wanted.clone() {
                     Wanted::Stop { reason, message } => entry.give_up(reason, message.unwrap_or(error.message)),
                     Wanted::Delete => entry.give_up(Reason::Stopped, error.message),
+                    // It would have been tried again, had there been time: undoing it took the rest.
+                    Wanted::Run if error.retriable => entry.fail_start(Reason::StartDeadlineExceeded, error.message),
                     Wanted::Run => entry.fail_start(error.reason, error.message),
                 }
             }
