@@ -20,14 +20,27 @@ use crate::wire::api::{Page, PatchBody, to_json};
 use crate::wire::{Problems, workload};
 use crate::workload::{Desired, Draft, Name, Spec, State, WorkloadId};
 
+/// How often a POST begins again when the workload that had its id went away meanwhile.
+const CREATE_ATTEMPTS_MAX: usize = 5;
+
 impl Api {
     /// Places a workload, keeps it, and hands it to its agent, in this order: what was answered 201 is never forgotten, and what
     /// the agent refuses was never accepted.
     pub(super) fn create(&self, call: &Call<'_>) -> Answer {
+        for _ in 0..CREATE_ATTEMPTS_MAX {
+            if let Some(response) = self.try_create(call)? {
+                return Ok(response);
+            }
+        }
+        Err(Refusal::new(Status::Unavailable, "node_unavailable", "others come and go under this id; try again"))
+    }
+
+    /// `None` when the workload that had the id went away meanwhile: was deleted, or refused by its node. Then the id is free again.
+    fn try_create(&self, call: &Call<'_>) -> Result<Option<Response>, Refusal> {
         let wait = wait_ms(call.request)?.map(|ms| (Until::Started, ms));
         let draft = read_draft(call.request)?;
         if let Some(existing) = draft.id.as_ref().and_then(|id| self.plane.store.get(id)).and_then(|record| self.settled(record)) {
-            return self.again(&existing, existing.is_for(&draft), wait);
+            return self.again(&existing, existing.is_for(&draft), wait).map(Some);
         }
         let choice = profiles::choose(&draft)?;
         let Placement { node, class, rejected } = self.place(&choice, &draft.spec)?;
@@ -38,9 +51,8 @@ impl Api {
         let mut record = match self.plane.store.insert(record)? {
             Insertion::Existing(existing) => {
                 drop(claim);
-                let refused = || Refusal::new(Status::Unavailable, "node_unavailable", "its node refused it a moment ago; try again");
-                let existing = self.settled(existing).ok_or_else(refused)?;
-                return self.again(&existing, existing.workload == workload, wait);
+                let Some(existing) = self.settled(existing) else { return Ok(None) };
+                return self.again(&existing, existing.workload == workload, wait).map(Some);
             }
             Insertion::Inserted(record) => record,
         };
@@ -64,7 +76,7 @@ impl Api {
         if wait.is_some() && record.is_known && record.state == State::Pending {
             record = self.plane.refresh(&record, wait).unwrap_or(record);
         }
-        Ok(object(Status::Created, &record).with_header("Location", format!("/workloads/{id}")))
+        Ok(Some(object(Status::Created, &record).with_header("Location", format!("/workloads/{id}"))))
     }
 
     /// The record, once it is certain that it stays: one whose agent was not heard yet may be refused, and then was never there.
