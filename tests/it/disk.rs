@@ -12,7 +12,7 @@ use kakuri::workload::State;
 use serde_json::json;
 
 use crate::harness::place::with;
-use crate::harness::{Agent, Dir, Place, expect_error, until};
+use crate::harness::{Agent, Dir, Place, Plane, expect_error, until};
 
 /// Set for the process that runs a test in a mount namespace of its own: its small disk.
 const SMALL_DISK: &str = "KAKURI_TEST_SMALL_DISK";
@@ -125,4 +125,54 @@ fn takes_no_work_and_loses_none(place: &Place, disk: &Disk) {
     until("the node is ready again", || agent.node().ready);
     agent.run(&forever("third"));
     agent.stop_workload("before");
+}
+
+#[test]
+fn a_control_plane_with_a_full_disk_accepts_nothing_and_loses_nothing() {
+    on_a_small_disk("a_control_plane_with_a_full_disk_accepts_nothing_and_loses_nothing", 8192, |disk| {
+        accepts_nothing_and_loses_nothing(&Place::sim(&[]), disk);
+    });
+}
+
+fn accepts_nothing_and_loses_nothing(place: &Place, disk: &Disk) {
+    let agent = place.agent(&[]);
+    let mut plane = Plane::start(place, &[&agent], &["--data-dir", &disk.path("data")]);
+    // Large ones, so that few of them fill what the store has in reserve.
+    let large = "x".repeat(30_000);
+    let more = json!({"stop_grace_ms": 0, "env": {"A": large, "B": large, "C": large}});
+    let forever = |id: &str| with(place.workload(id, &["sleep", "1000"]), more.clone());
+    plane.run(&forever("before"));
+
+    disk.fill();
+    // The store may have room inside for some; what is accepted is kept.
+    let mut accepted = Vec::new();
+    let refusal = (0..60).map(|i| format!("late-{i}")).find_map(|id| {
+        let answer = plane.post("/workloads", &forever(&id));
+        if answer.status == 201 {
+            accepted.push(id);
+            return None;
+        }
+        Some((id, answer))
+    });
+    let (refused, answer) = refusal.expect("the disk was not full");
+    assert!(matches!(answer.status, 503 | 507), "{} {}", answer.status, answer.text());
+    assert!(!answer.problem().1.is_empty());
+    assert_eq!(plane.get(&format!("/workloads/{refused}")).status, 404);
+    assert_eq!(plane.workload("before")["state"], "Running");
+    plane.kill();
+    disk.empty();
+    plane.again();
+    plane.wait_until_ready();
+    for id in accepted.iter().map(String::as_str).chain(["before"]) {
+        let there = plane.get(&format!("/workloads/{id}?for=running&wait_ms=20000"));
+        assert_eq!((there.status, &there.json()["state"]), (200, &json!("Running")), "{id}: {}", there.text());
+    }
+    assert_eq!(plane.get(&format!("/workloads/{refused}")).status, 404);
+    plane.run(&forever(&refused));
+    // And once more, without a new control plane in between.
+    disk.fill();
+    let is_refused = |id: &str| matches!(plane.post("/workloads", &forever(id)).status, 503 | 507);
+    assert!((0..60).any(|i| is_refused(&format!("later-{i}"))), "the disk was not full");
+    disk.empty();
+    until("it takes work again", || plane.post("/workloads", &forever("third")).status == 201);
 }

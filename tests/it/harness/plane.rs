@@ -38,7 +38,10 @@ impl<'a> Plane<'a> {
     /// Starts one that may not know them yet.
     pub fn start_now(place: &'a Place, agents: &[&Agent<'_>], flags: &[&str]) -> Self {
         let data = place.dir.join("plane").display().to_string();
-        let mut all = vec!["--listen".to_owned(), "127.0.0.1:0".into(), "--data-dir".into(), data, "--log-level".into(), "debug".into()];
+        let mut all = vec!["--listen".to_owned(), "127.0.0.1:0".into(), "--log-level".into(), "debug".into()];
+        if !flags.contains(&"--data-dir") {
+            all.extend(["--data-dir".into(), data]);
+        }
         all.extend(agents.iter().flat_map(|agent| ["--node".to_owned(), format!("{}={}", agent.node, agent.address)]));
         all.extend(flags.iter().map(|flag| (*flag).to_owned()));
         let (daemon, lines) = Daemon::start(PLANE, "plane", &place.dir.join(""), &all);
