@@ -68,6 +68,30 @@ impl Daemon {
     }
 }
 
+impl Daemon {
+    /// kill -9.
+    ///
+    /// # Errors
+    /// When it was gone.
+    pub(crate) fn kill(mut self) -> Result<(), Failure> {
+        self.child.kill()?;
+        self.child.wait()?;
+        Ok(())
+    }
+
+    /// The time of processors it took so far (proc_pid_stat(5); a tick is a hundredth of a second on every Linux).
+    ///
+    /// # Errors
+    /// When it is gone.
+    pub(crate) fn processor_time(&self) -> Result<Duration, Failure> {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.child.id()))?;
+        // The second field is a name, and may have anything in it but a closing parenthesis behind its own.
+        let (_, fields) = stat.rsplit_once(") ").ok_or("no stat")?;
+        let ticks: u64 = fields.split(' ').skip(11).take(2).filter_map(|field| field.parse::<u64>().ok()).sum();
+        Ok(Duration::from_millis(ticks * 10))
+    }
+}
+
 impl Drop for Daemon {
     fn drop(&mut self) {
         drop(self.child.stdin.take());

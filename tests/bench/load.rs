@@ -22,6 +22,11 @@ pub(crate) struct Sample {
 }
 
 impl Sample {
+    /// Those of several clients at once, and the time in which all of them passed.
+    pub(crate) fn of(each: Vec<Duration>, all: Duration) -> Self {
+        Self { each, all }
+    }
+
     /// Adds one that was taken alone.
     pub(crate) fn add(&mut self, one: Duration) {
         self.each.push(one);

@@ -10,6 +10,7 @@
 mod daemons;
 mod load;
 mod relay;
+mod scale;
 mod starts;
 
 use std::error::Error;
@@ -101,14 +102,14 @@ fn run() -> Result<(), Failure> {
     Ok(())
 }
 
-struct Setup {
-    bins: PathBuf,
+pub(crate) struct Setup {
+    pub(crate) bins: PathBuf,
     statics: Option<PathBuf>,
-    work: PathBuf,
+    pub(crate) work: PathBuf,
     endpoint: Option<PathBuf>,
-    image: String,
+    pub(crate) image: String,
     rounds: usize,
-    scale: usize,
+    pub(crate) scale: usize,
 }
 
 /// A runtime, and a pair of daemons on it.
@@ -180,6 +181,8 @@ fn measure(setup: &Setup, table: &mut Table) -> Result<(), Failure> {
     drop(stages);
     progress("rates");
     rates(setup, main, table)?;
+    drop(sides);
+    scale::measure(setup, table)?;
     sizes(setup, table)
 }
 
@@ -360,23 +363,23 @@ fn sweep(endpoint: &Path) -> Result<(), Failure> {
     Ok(())
 }
 
-fn progress(text: &str) {
+pub(crate) fn progress(text: &str) {
     complain("bench", &text);
 }
 
 #[derive(Default)]
-struct Table {
+pub(crate) struct Table {
     rows: Vec<String>,
     missed: Vec<String>,
     aims: Vec<String>,
 }
 
 impl Table {
-    fn row(&mut self, what: &str, p50: &str, p95: &str, note: &str) {
+    pub(crate) fn row(&mut self, what: &str, p50: &str, p95: &str, note: &str) {
         self.rows.push(format!("| {what} | {p50} | {p95} | {note} |"));
     }
 
-    fn aim(&mut self, what: &str, seen: f64, limit: f64, unit: &str) {
+    pub(crate) fn aim(&mut self, what: &str, seen: f64, limit: f64, unit: &str) {
         self.aims.push(format!("{what}: {seen:.2} {unit}, aim {limit:.1} {unit}"));
         if seen > limit {
             self.missed.push(format!("{what} {seen:.2} {unit} > {limit:.1} {unit}"));
@@ -401,7 +404,7 @@ pub(crate) fn mib(n: u64) -> u64 {
     n << 20
 }
 
-fn ms(time: Duration) -> String {
+pub(crate) fn ms(time: Duration) -> String {
     format!("{:.2} ms", time.as_secs_f64() * 1e3)
 }
 
@@ -410,6 +413,6 @@ fn us(time: Duration) -> String {
 }
 
 /// Decimal megabytes, as the aims count.
-fn mb(bytes: u64) -> String {
+pub(crate) fn mb(bytes: u64) -> String {
     format!("{}.{:02} MB", bytes / 1_000_000, bytes % 1_000_000 / 10_000)
 }

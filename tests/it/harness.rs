@@ -120,6 +120,20 @@ impl Drop for Dir {
     }
 }
 
+/// Files in a directory of a daemon, and below it, that were to be replaced or renamed and were not.
+pub fn half_written(dir: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        let path = entry.path();
+        if path.extension().is_some_and(|extension| extension == "new" || extension == "tmp") {
+            found.push(path);
+        } else if path.is_dir() {
+            found.extend(half_written(&path));
+        }
+    }
+    found
+}
+
 /// A value for the words of a panic: as much of it as one wants to read.
 pub fn brief(value: &impl std::fmt::Debug) -> String {
     clip(format!("{value:?}"), 1500)

@@ -13,7 +13,7 @@ use kakuri::workload::State;
 use serde_json::{Value, json};
 
 use super::daemon::{AGENT, Daemon};
-use super::{Line, Place, SOON_MS, brief, eventually, until, within};
+use super::{Line, Place, SOON_MS, brief, eventually, half_written, until, within};
 
 /// A running agent.
 pub struct Agent<'a> {
@@ -342,5 +342,6 @@ impl Drop for Agent<'_> {
         }
         let logs = fs::read_dir(self.place.dir.join(&self.name).join("logs")).map_or(0, Iterator::count);
         assert_eq!(logs, 0, "logs of deleted workloads are left");
+        assert_eq!(half_written(&self.place.dir.join(&self.name)), [] as [std::path::PathBuf; 0], "files that were not finished");
     }
 }

@@ -11,7 +11,7 @@ use serde_json::Value;
 use super::agent::{address_of, is_of_clock};
 use super::daemon::{Daemon, PLANE, command};
 use super::http::{Answer, Http};
-use super::{Agent, Place, SOON_MS, eventually, until};
+use super::{Agent, Place, SOON_MS, eventually, half_written, until};
 
 /// A running control plane.
 pub struct Plane<'a> {
@@ -213,5 +213,6 @@ impl Drop for Plane<'_> {
             });
         }
         assert_eq!(self.daemon().stop(), Some(0), "the control plane's exit code");
+        assert_eq!(half_written(&self.data_dir()), [] as [std::path::PathBuf; 0], "files that were not finished");
     }
 }

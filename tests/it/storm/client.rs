@@ -66,7 +66,7 @@ pub struct Client<'a> {
 
 enum Front {
     Http(SocketAddr),
-    Line { address: Address, line: Option<Line>, remembers: bool },
+    Line { address: Address, line: Option<Line> },
 }
 
 /// What came of a request.
@@ -88,9 +88,9 @@ impl<'a> Client<'a> {
         Self::new(storm, name, dice, Front::Http(address), nodes)
     }
 
-    /// One that speaks with an agent. `remembers`: the agent keeps what it accepted over its own death.
-    pub fn line(storm: &'a Storm, name: String, dice: Dice, address: Address, remembers: bool) -> Self {
-        Self::new(storm, name, dice, Front::Line { address, line: None, remembers }, Vec::new())
+    /// One that speaks with an agent.
+    pub fn line(storm: &'a Storm, name: String, dice: Dice, address: Address) -> Self {
+        Self::new(storm, name, dice, Front::Line { address, line: None }, Vec::new())
     }
 
     fn new(storm: &'a Storm, name: String, dice: Dice, front: Front, nodes: Vec<String>) -> Self {
@@ -107,16 +107,8 @@ impl<'a> Client<'a> {
         let policy = if self.dice.below(6) == 0 { "r" } else { "" };
         let id = format!("{}-{}{policy}", self.name, self.ids);
         let wish = Wish::any(&mut self.dice, &id, &self.nodes, self.storm.on_lab);
-        let meddling = Meddling { is_forgetful: !self.remembers(), is_real: self.storm.on_lab, ..Meddling::default() };
+        let meddling = Meddling { is_real: self.storm.on_lab, ..Meddling::default() };
         Slot { id, wish, presence: Presence::Absent, told: Told::default(), meddling, is_loose: false, lives: 0 }
-    }
-
-    /// Whether what an agent said stays said over the agent's death. The control plane may have only the agent's word.
-    fn remembers(&self) -> bool {
-        match &self.front {
-            Front::Http(_) => self.storm.agents_remember,
-            Front::Line { remembers, .. } => *remembers,
-        }
     }
 
     /// Acts until the storm is over; all ids it ever used.
@@ -181,9 +173,6 @@ impl<'a> Client<'a> {
         let (outcome, is_new) = self.send_start(slot, &slot.wish.spec.clone(), wait_ms);
         match (outcome, slot.presence) {
             (Outcome::Said(state, status), was) => {
-                if was == Presence::Present && slot.may_be_forgotten(self.remembers()) {
-                    slot.told = Told::default();
-                }
                 match (was, is_new) {
                     (Presence::Present, Some(true)) => return Err("lost: an accepted workload was accepted again".into()),
                     (Presence::Absent, Some(false)) if !slot.is_loose => return Err("nobody asked for it, and it is there".into()),
@@ -216,10 +205,6 @@ impl<'a> Client<'a> {
 
     fn post_other(&mut self, slot: &mut Slot) -> Result<(), String> {
         match self.send_start(slot, &slot.wish.other(), 0).0 {
-            Outcome::Said(..) if slot.may_be_forgotten(self.remembers()) => {
-                (slot.is_loose, slot.presence) = (true, Presence::Absent);
-                Ok(())
-            }
             Outcome::Said(state, _) => Err(format!("another workload of its id was accepted: {state}")),
             Outcome::Conflict(code) if code == "workload_exists" || code == "AlreadyExists" => Ok(()),
             Outcome::Conflict(code) => Err(format!("POST of another workload of its id: {code}")),
@@ -261,11 +246,6 @@ impl<'a> Client<'a> {
 
     fn not_there(&self, slot: &mut Slot, presence: Presence, what: &str) -> Result<(), String> {
         match presence {
-            Presence::Present if slot.may_be_forgotten(self.remembers()) => {
-                slot.presence = Presence::Absent;
-                slot.is_loose = true;
-                Ok(())
-            }
             Presence::Present => Err(format!("lost: {what} of an accepted workload says that it is not there")),
             Presence::Leaving { .. } => {
                 slot.presence = Presence::Absent;
@@ -323,9 +303,7 @@ impl<'a> Client<'a> {
             }
             // The agent says "not gone yet": it will be.
             Outcome::Refused if matches!(self.front, Front::Line { .. }) => {
-                // An agent that dies now may not remember.
-                slot.is_loose |= !self.remembers();
-                slot.presence = Presence::Leaving { is_accepted: self.remembers() };
+                slot.presence = Presence::Leaving { is_accepted: true };
                 Ok(())
             }
             Outcome::Refused => Ok(()),
@@ -336,12 +314,11 @@ impl<'a> Client<'a> {
     /// The list has all that is mine, and nothing that is gone.
     fn list(&mut self) -> Result<(), String> {
         let Some(items) = self.items() else { return Ok(()) };
-        let remembers = self.remembers();
         for slot in &mut self.slots {
             slot.meddling.is_harmed = self.storm.is_harmed(&slot.id);
             let item = items.iter().find(|item| item["id"] == slot.id.as_str());
             match (slot.presence, item) {
-                (Presence::Present, None) if !slot.may_be_forgotten(remembers) => {
+                (Presence::Present, None) => {
                     return Err(format!("lost: accepted {} is not in the list", slot.id));
                 }
                 (Presence::Absent, Some(item)) if !slot.is_loose => return Err(format!("gone, and in the list: {item}")),
@@ -553,18 +530,6 @@ impl Slot {
     /// It is gone, and its id cannot be used again.
     fn is_spent(&self) -> bool {
         self.presence == Presence::Absent && self.is_loose
-    }
-
-    /// Whether this may be unknown again after it was accepted: an agent without a journal knows only what its runtime has.
-    fn may_be_forgotten(&self, remembers: bool) -> bool {
-        let has_container = self.told.state().is_some_and(|state| state != State::Pending) && self.told.has_container();
-        !remembers && (!has_container || self.meddling.is_harmed)
-    }
-}
-
-impl Told {
-    fn has_container(&self) -> bool {
-        self.container().is_some()
     }
 }
 

@@ -111,8 +111,6 @@ pub struct Meddling {
     pub is_harmed: bool,
     /// The runtime is a real one: killed in the wrong moment, it does not know an exit code.
     pub is_real: bool,
-    /// Whoever speaks may have forgotten how it ended, and have only the runtime's word for it.
-    pub is_forgetful: bool,
 }
 
 /// What was said of one acceptance of a workload, so far.
@@ -128,11 +126,6 @@ impl Told {
         self.last.as_ref().map(|(_, status)| status.created_at)
     }
 
-    /// The container that was told last.
-    pub fn container(&self) -> Option<&str> {
-        self.last.as_ref().and_then(|(_, status)| status.container_id.as_deref())
-    }
-
     /// The last state that was told.
     pub fn state(&self) -> Option<State> {
         self.last.as_ref().map(|(state, _)| *state)
@@ -143,11 +136,6 @@ impl Told {
     /// # Errors
     /// The rule that it breaks.
     pub fn note(&mut self, fate: Fate, meddling: Meddling, state: State, status: Status) -> Result<(), String> {
-        let is_forgotten = |(was, before): &(State, Status)| meddling.is_forgetful && was.is_terminal() && before.container_id.is_none();
-        if self.last.as_ref().is_some_and(is_forgotten) {
-            // Its agent had nothing but its runtime to remember by, and that had nothing, or more than the agent knew.
-            *self = Self::default();
-        }
         let said = format!("{state} {status:?}");
         let broken = |rule: &str| Err(format!("{rule}: is {said}, was {:?}", self.last));
         let exit = status.exit_code;
@@ -171,14 +159,14 @@ impl Told {
             if status.restarts < before.restarts || (status.restarts > 0 && !matches!(fate, Fate::Restarts(_))) {
                 return broken("restarts that were not, or that nobody wanted");
             }
-            if before.created_at != status.created_at && !meddling.is_forgetful {
+            if before.created_at != status.created_at {
                 return broken("another acceptance than before");
             }
             if before.exit_code.is_some() && before.exit_code != exit {
                 return broken("an exit code that changed");
             }
             let ending = |s: &Status| (s.reason, s.exit_code, s.oom_killed, s.finished_at, s.container_id.clone());
-            if was.is_terminal() && ending(before) != ending(&status) && !meddling.is_forgetful {
+            if was.is_terminal() && ending(before) != ending(&status) {
                 return broken("an ending that changed");
             }
             let has_moved = before.container_id.is_some() && before.container_id != status.container_id;
@@ -226,7 +214,6 @@ fn judge(fate: Fate, meddling: Meddling, has_run: bool, status: &Status) -> Resu
         Some(Reason::Stopped) if meddling.is_stopped => Ok(()),
         Some(Reason::SandboxDied | Reason::Error) if meddling.is_harmed && is_killed() => Ok(()),
         Some(Reason::Error) if meddling.is_real && fate != Fate::Forever && matches!(exit, None | Some(137 | 255)) => Ok(()),
-        Some(Reason::Error) if meddling.is_forgetful && (meddling.is_stopped || fate == Fate::Ttl) && is_killed() => Ok(()),
         _ => Err("an end that nobody brought about"),
     }
 }

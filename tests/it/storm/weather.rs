@@ -65,7 +65,7 @@ impl<'a> World<'a> {
                 place.faults(&faults.iter().map(String::as_str).collect::<Vec<_>>());
             }
             13..=14 if !storm.on_lab => self.places.iter().for_each(|place| place.faults(&[])),
-            15 if storm.agents_remember => self.harm(storm, dice),
+            15 => self.harm(storm, dice),
             _ => {}
         }
         storm.pause(20 + dice.below(250));
@@ -81,9 +81,6 @@ impl<'a> World<'a> {
         let length = [100, 500, 2000, 6500][dice.below(4)];
         let until = now + 20 + dice.below(length) as u64;
         let how = dice.below(6);
-        if matches!(who, Who::Plane) && !storm.plane_remembers && how < 4 {
-            return;
-        }
         storm.write(&format!("* {who:?} {} until {until}", ["killed", "killed", "killed", "terminated", "paused", "paused"][how]));
         match (how, who) {
             (0..=2, Who::Agent(n)) => self.agents[n].kill(),
