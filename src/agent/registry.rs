@@ -478,7 +478,7 @@ impl Registry {
     ///
     /// # Errors
     /// Why it is not.
-    pub fn settled(&self, id: &WorkloadId, stopping: &AtomicBool) -> Result<(), String> {
+    pub fn settled(&self, id: &WorkloadId) -> Result<(), String> {
         let deadline = Deadline::within_ms(limits::JOURNAL_MS_MAX, "journal");
         let mut inner = self.lock();
         loop {
@@ -489,10 +489,9 @@ impl Registry {
                 None => return inner.trouble.clone().map_or(Ok(()), Err),
                 Some(false) => {}
             }
-            let left = match deadline.left() {
-                Ok(left) if !stopping.load(Ordering::SeqCst) => left,
-                Ok(_) => return Err("the agent stops".into()),
-                Err(_) => return Err(inner.trouble.clone().unwrap_or_else(|| "the disk is too slow".into())),
+            // An agent that stops writes all of it down first, so there is no other answer until then.
+            let Ok(left) = deadline.left() else {
+                return Err(inner.trouble.clone().unwrap_or_else(|| "the disk is too slow".into()));
             };
             inner = self.wait_changed(inner, left);
         }

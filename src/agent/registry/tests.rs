@@ -493,13 +493,13 @@ fn a_full_disk_refuses_what_is_new_and_keeps_what_is_not() {
     let house = journaled();
     house.accept(workload(json!({}))).expect("accepted");
     house.registry.not_saved(house.batch(), "no space".into());
-    assert_eq!(house.registry.settled(&id(), &AtomicBool::new(false)), Err("no space".into()));
+    assert_eq!(house.registry.settled(&id()), Err("no space".into()));
     assert!(house.registry.uid(&id()).is_none(), "it was not accepted");
     let probe = house.registry.unsaved(|_| "/run/x".into(), || false).expect("a probe");
     assert!(probe.records.is_empty(), "whether the disk is well again is to be seen");
     house.accept(workload(json!({}))).expect("the id is free");
     house.registry.saved(house.batch());
-    assert_eq!((house.registry.settled(&id(), &AtomicBool::new(false)), house.registry.trouble()), (Ok(()), None));
+    assert_eq!((house.registry.settled(&id()), house.registry.trouble()), (Ok(()), None));
     house.registry.want_stop(&id(), Reason::Stopped, None);
     house.registry.not_saved(house.batch(), "no space".into());
     assert_eq!(state(&house), State::Pending, "not stopped yet");
