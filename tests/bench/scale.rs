@@ -1,6 +1,6 @@
 //! Many workloads on one node, on a simulator: what a durable POST costs, and what an agent costs that has hundreds to look after.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Barrier;
 use std::thread;
 use std::time::Duration;
@@ -20,6 +20,7 @@ const REST: Duration = Duration::from_secs(15);
 
 /// A simulator, an agent and a control plane; the agent can be started again where it was.
 struct Fleet {
+    dir: PathBuf,
     plane: Daemon,
     agent: Option<Daemon>,
     agent_args: Vec<String>,
@@ -27,8 +28,8 @@ struct Fleet {
 }
 
 impl Fleet {
-    fn start(setup: &Setup) -> Result<Self, Failure> {
-        let dir = setup.work.join("scale");
+    fn start(setup: &Setup, name: &str) -> Result<Self, Failure> {
+        let dir = setup.work.join(name);
         let text = |path: &Path| path.display().to_string();
         let socket = dir.join("sim.sock");
         std::fs::create_dir_all(&dir)?;
@@ -43,7 +44,7 @@ impl Fleet {
         let node = format!("{NODE}={}", agent.tcp()?);
         let args = ["--listen", "127.0.0.1:0", "--node", &node, "--data-dir", &text(&dir.join("data"))];
         let plane = Daemon::start(&setup.bins.join("kakuri-control-plane"), &args, &dir.join("plane"))?;
-        let fleet = Self { plane, agent: Some(agent), agent_args, _sim: sim };
+        let fleet = Self { dir, plane, agent: Some(agent), agent_args, _sim: sim };
         fleet.wait_until_ready()?;
         Ok(fleet)
     }
@@ -68,7 +69,7 @@ impl Fleet {
 /// # Errors
 /// Whatever does not work.
 pub(crate) fn measure(setup: &Setup, table: &mut Table) -> Result<(), Failure> {
-    let mut fleet = Fleet::start(setup)?;
+    let fleet = Fleet::start(setup, "posts")?;
     for clients in [1, 16, 64] {
         progress(&format!("durable POSTs, {clients} clients"));
         let (sample, ids) = posts(&fleet, setup, clients, 640 / setup.scale)?;
@@ -77,6 +78,8 @@ pub(crate) fn measure(setup: &Setup, table: &mut Table) -> Result<(), Failure> {
         table.row(&format!("POST /workloads, acknowledged durably, {clients} clients"), &ms(p50), &ms(p95), &note);
         delete(&fleet, &ids)?;
     }
+    // Others, whose memory knows nothing of that.
+    let mut fleet = Fleet::start(setup, "many")?;
     let mut there = Vec::new();
     for count in [100 / setup.scale, 500 / setup.scale] {
         progress(&format!("{count} workloads"));
@@ -153,7 +156,7 @@ fn running(line: &mut Line) -> Result<usize, Failure> {
 
 /// What an agent with so many workloads costs that nobody asks for anything.
 fn at_rest(setup: &Setup, fleet: &Fleet, count: usize, table: &mut Table) -> Result<(), Failure> {
-    let client = Client::new(setup.work.join("scale/sim.sock"));
+    let client = Client::new(fleet.dir.join("sim.sock"));
     let node = Name::new(NODE)?;
     let mut sample = Sample::default();
     for _ in 0..20 {
@@ -193,7 +196,7 @@ fn recovery(setup: &Setup, fleet: &mut Fleet, count: usize, table: &mut Table) -
         fleet.agent.take().ok_or("the agent is down")?.kill()?;
         let args: Vec<&str> = fleet.agent_args.iter().map(String::as_str).collect();
         let watch = Stopwatch::start();
-        let dir = setup.work.join("scale/agent");
+        let dir = fleet.dir.join("agent");
         let _ = std::fs::remove_file(dir.join("ready")); // Of the one that was killed.
         fleet.agent = Some(Daemon::start(&setup.bins.join("kakuri-agent"), &args, &dir)?);
         let mut line = Line::connect(fleet.agent()?.tcp()?)?;
