@@ -192,9 +192,9 @@ fn run(config: &AgentConfig) -> Result<(), Box<dyn std::error::Error>> {
         return Err("a mount root leads to /: workloads could mount the whole host".into());
     }
     // Before anything else is done with the directory, or the runtime: it is locked.
-    let (journal, replay) = Journal::open(&config.state_dir, &boot_id())?;
+    let (journal, replay) = Journal::open(&config.state_dir)?;
     let registry = Registry::new(config.node_id.clone(), node::host_kernel(), Queues { starts, ends, probes, checks });
-    let restored = Restored { rebooted: replay.rebooted, starts: replay.starts };
+    let restored = Restored { boot_id: boot_id(), starts: replay.starts };
     let endpoint_of = |at: &str| node.endpoints.iter().position(|endpoint| endpoint.client.endpoint() == Path::new(at));
     let unfit = |why| format!("{}: {why}; configure what it was written with, or move it away", config.state_dir.join("journal").display());
     registry.restore(replay.saved, &restored, endpoint_of).map_err(unfit)?;

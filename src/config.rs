@@ -237,7 +237,9 @@ impl fmt::Display for Error {
             Self::Flags(error) => error.fmt(f),
             Self::Problems(problems) => {
                 f.write_str("configuration")?;
-                problems.iter().try_for_each(|problem| write!(f, "\n  {}: {}", problem.origin, problem.rule))
+                // A rule may quote a key, and a key may be as long as the file.
+                let clipped = |rule: &str| report::clip(rule.to_owned(), limits::MESSAGE_BYTES_MAX);
+                problems.iter().try_for_each(|problem| write!(f, "\n  {}: {}", problem.origin, clipped(&problem.rule)))
             }
             Self::Read { path, .. } => write!(f, "configuration file {}", path.display()),
         }

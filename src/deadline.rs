@@ -92,12 +92,12 @@ impl Stopwatch {
     }
 }
 
-/// Milliseconds since the machine was booted, sleep included (`/proc/uptime`): a clock that nobody sets, and that all processes of one
-/// boot share. 0 where there is no such file.
+/// Milliseconds since the machine was booted, sleep included (clock_gettime(2), `CLOCK_BOOTTIME`): a clock that nobody sets, and that
+/// all processes of one boot share.
 pub fn uptime_ms() -> u64 {
-    let text = std::fs::read_to_string("/proc/uptime").unwrap_or_default();
-    let seconds = text.split_once('.').and_then(|(whole, rest)| Some((whole.parse::<u64>().ok()?, rest.get(..2)?.parse::<u64>().ok()?)));
-    seconds.map_or(0, |(whole, hundredths)| whole.saturating_mul(1000).saturating_add(hundredths * 10))
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    let whole = u64::try_from(now.tv_sec).unwrap_or(0).saturating_mul(1000);
+    whole.saturating_add(u64::try_from(now.tv_nsec / 1_000_000).unwrap_or(0))
 }
 
 /// Wall-clock time, milliseconds since 1970; for people and for records, never for timeouts.

@@ -22,7 +22,7 @@
 //! | [`flags`], [`config`] | command lines and TOML files |
 //! | [`daemon`] | what the daemons share: signals, listeners |
 //! | [`agent`] | the node agent: [`agent::registry`] what it knows, [`agent::reconcile`] what is true, [`agent::work`] what it does,
-//! | | [`agent::logs`] what workloads wrote, [`agent::rotate`] how much of that is kept |
+//! | | [`agent::logs`] what workloads wrote, [`agent::rotate`] how much of that is kept, [`agent::images`] pulls and what is kept of them |
 //! | [`control_plane`] | the HTTP API, placement, the store and who follows it |
 //! | [`sim`] | a simulated CRI runtime with scripted faults |
 //! | [`cli`] | the `kakuri` command |
@@ -35,7 +35,7 @@
 //! - No state is invented: an unknown exit code is `null`, and `observed_at` says how old the truth is.
 //! - `agent` and `control_plane` never import each other; they meet in [`wire`]. Arrows point down the table above.
 //! - A crate from outside has one door: `h2`, `http`, `bytes` in [`grpc`] (and the server side in [`sim`]), `tokio` in [`grpc::pump`],
-//!   `prost` in [`cri`], `rustix` in [`agent`], `redb` in the store of [`control_plane`], `httparse` in [`http`], `serde` in [`wire`]
+//!   `prost` in [`cri`], `rustix` in [`agent`] and [`deadline`], `redb` in the store of [`control_plane`], `httparse` in [`http`], `serde` in [`wire`]
 //!   and [`config`], `ureq` in [`cli`].
 
 pub mod agent;

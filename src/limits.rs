@@ -265,6 +265,8 @@ pub const HEARTBEAT_HALF_CLOSED_MS: u64 = 200;
 pub const WATCH_EVENTS_MAX: usize = 1024;
 /// Events an agent keeps for a `Watch` that resumes.
 pub const WATCH_HISTORY_MAX: usize = 256;
+/// Their specs as JSON; in memory an event takes a few times that.
+pub const WATCH_HISTORY_BYTES_MAX: usize = 512 * 1024;
 /// Watches at a time.
 pub const WATCHES_MAX: usize = 32;
 

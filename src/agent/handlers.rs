@@ -145,7 +145,7 @@ fn handle(agent: &Agent, request: Request, client: &mut Client<'_>) -> Result<()
         Request::StartWorkload { workload, wait_ms } => start(agent, *workload, wait_ms, client),
         Request::StopWorkload { id, wait_ms } => {
             let stopped = agent.registry.want_stop(&id, Reason::Stopped, None);
-            if let Some(unsaved) = unsaved(agent, &id) {
+            if let Some(unsaved) = unsaved(agent, &id, false) {
                 return client.send(&unsaved);
             }
             let waited = wait_ms.and_then(|ms| agent.registry.wait(&id, Until::Terminal, Deadline::within_ms(ms, "wait"), client.stopping));
@@ -153,7 +153,7 @@ fn handle(agent: &Agent, request: Request, client: &mut Client<'_>) -> Result<()
         }
         Request::UpdateWorkload { id, labels } => {
             let updated = agent.registry.update_labels(&id, labels);
-            if let Some(unsaved) = unsaved(agent, &id) {
+            if let Some(unsaved) = unsaved(agent, &id, false) {
                 return client.send(&unsaved);
             }
             status_reply(agent, &id, updated)
@@ -171,8 +171,8 @@ fn status_reply(agent: &Agent, id: &WorkloadId, status: Option<(State, crate::wi
 }
 
 /// The answer to a request that could not be written down: what is not in the journal is not promised.
-fn unsaved(agent: &Agent, id: &WorkloadId) -> Option<Reply> {
-    let why = agent.registry.settled(id).err()?;
+fn unsaved(agent: &Agent, id: &WorkloadId, is_new: bool) -> Option<Reply> {
+    let why = agent.registry.settled(id, is_new).err()?;
     let message = format!("the agent's journal cannot be written: {why}");
     Some(Reply::error(ErrorCode::ResourceExhausted, message, Some(id.to_string())))
 }
@@ -216,7 +216,7 @@ fn start(agent: &Agent, workload: Workload, wait_ms: Option<u64>, client: &Clien
             return error(ErrorCode::ResourceExhausted, message);
         }
     };
-    if let Some(unsaved) = unsaved(agent, &id) {
+    if let Some(unsaved) = unsaved(agent, &id, true) {
         return unsaved;
     }
     let waited = wait_ms.and_then(|ms| agent.registry.wait(&id, Until::Started, Deadline::within_ms(ms, "wait"), client.stopping));
@@ -297,7 +297,7 @@ fn delete(agent: &Agent, id: &WorkloadId, wait_ms: Option<u64>, client: &Client<
     if !agent.registry.want_delete(id) {
         return not_found(agent, id);
     }
-    if let Some(unsaved) = unsaved(agent, id) {
+    if let Some(unsaved) = unsaved(agent, id, false) {
         return unsaved;
     }
     let ms = wait_ms.unwrap_or(limits::DELETE_WAIT_MS_DEFAULT);

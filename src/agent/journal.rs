@@ -1,4 +1,4 @@
-//! What the runtime cannot know, on disk: accepted workloads, results, what is to be deleted, restarts, the boot.
+//! What the runtime cannot know, on disk: accepted workloads, results, what is to be deleted, restarts.
 //!
 //! An append-only file of checksummed lines ([`record`]). An append is on disk when it returns. A line torn by a crash at the very
 //! end is cut off; damage anywhere else is refused, because something was lost that somebody was told is kept.
@@ -27,7 +27,6 @@ pub struct Journal {
     live: Sizes,
     /// A write failed in a way that leaves the file in doubt; nothing more is written to it.
     broken: bool,
-    boot_id: String,
     starts: u64,
     /// Locked (flock(2)) for as long as the agent lives.
     _lock: File,
@@ -47,8 +46,6 @@ pub struct Saved {
 pub struct Replay {
     /// The workloads, by id.
     pub saved: BTreeMap<String, Saved>,
-    /// The machine was booted since the last line was written.
-    pub rebooted: bool,
     /// How often an agent has begun to write it, this one included.
     pub starts: u64,
 }
@@ -106,11 +103,11 @@ impl std::error::Error for Error {
 const FILE: &str = "journal";
 
 impl Journal {
-    /// Opens the journal of a directory, or begins one; `boot_id` names the machine's present boot.
+    /// Opens the journal of a directory, or begins one.
     ///
     /// # Errors
     /// [`Error`].
-    pub fn open(directory: &Path, boot_id: &str) -> Result<(Self, Replay), Error> {
+    pub fn open(directory: &Path) -> Result<(Self, Replay), Error> {
         let io = |path: &Path| {
             let path = path.to_owned();
             move |error| Error::Io(path, error)
@@ -130,13 +127,11 @@ impl Journal {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
             Err(error) => return Err(Error::Io(path, error)),
         };
-        let (mut replay, written_boot) = replay(&bytes, &path)?;
-        replay.rebooted = written_boot.is_some_and(|written| written != boot_id);
+        let mut replay = replay(&bytes, &path)?;
         replay.starts += 1;
         let starts = replay.starts;
-        let (file, length, live) = write_new(directory, boot_id, starts, &records_of(&replay)).map_err(io(&path))?;
-        let (directory, boot_id) = (directory.to_owned(), boot_id.to_owned());
-        Ok((Self { directory, file, length, live, broken: false, boot_id, starts, _lock: lock }, replay))
+        let (file, length, live) = write_new(directory, starts, &records_of(&replay)).map_err(io(&path))?;
+        Ok((Self { directory: directory.to_owned(), file, length, live, broken: false, starts, _lock: lock }, replay))
     }
 
     /// Whether the file is in doubt: nothing can be appended until it was written anew.
@@ -155,9 +150,9 @@ impl Journal {
     /// Writes the file anew with these records alone: everything that is to be kept.
     ///
     /// # Errors
-    /// Those of the file system; the old file is then as it was.
+    /// Those of the file system; the file is then still in doubt.
     pub fn rewrite(&mut self, records: &[Record]) -> io::Result<()> {
-        (self.file, self.length, self.live) = write_new(&self.directory, &self.boot_id, self.starts, records)?;
+        (self.file, self.length, self.live) = write_new(&self.directory, self.starts, records)?;
         self.broken = false;
         Ok(())
     }
@@ -185,7 +180,9 @@ impl Journal {
             return Err(error);
         }
         if let Err(error) = self.file.sync_data() {
-            // What the kernel dropped after a failed sync cannot be known (fsync(2)).
+            // What the kernel dropped after a failed sync cannot be known (fsync(2)). Whoever waited for these lines is refused, so they
+            // had better not be there.
+            let _ = self.file.set_len(self.length);
             self.broken = true;
             return Err(error);
         }
@@ -204,12 +201,16 @@ impl Journal {
         }
         let path = self.directory.join(FILE);
         let rewritten = fs::read(&path).map_err(|e| Error::Io(path.clone(), e)).and_then(|bytes| {
-            let (replay, _) = replay(&bytes, &path)?;
-            write_new(&self.directory, &self.boot_id, self.starts, &records_of(&replay)).map_err(|e| Error::Io(path.clone(), e))
+            let replay = replay(&bytes, &path)?;
+            write_new(&self.directory, self.starts, &records_of(&replay)).map_err(|e| Error::Io(path.clone(), e))
         });
         match rewritten {
             Ok((file, length, live)) => (self.file, self.length, self.live) = (file, length, live),
-            Err(error) => log::warn!("the journal was not compacted: {}", Chain(&error)),
+            Err(error) => {
+                // It may have come as far as the new name; what is appended to the old file would then be lost.
+                self.broken = true;
+                log::warn!("the journal was not compacted: {}", Chain(&error));
+            }
         }
     }
 }
@@ -234,10 +235,9 @@ fn records_of(replay: &Replay) -> Vec<Record> {
     replay.saved.values().flat_map(of_one).collect()
 }
 
-/// The state the lines add up to, and the boot they were written under. A torn last line counts for nothing.
-fn replay(bytes: &[u8], path: &Path) -> Result<(Replay, Option<String>), Error> {
+/// The state the lines add up to. A torn last line counts for nothing.
+fn replay(bytes: &[u8], path: &Path) -> Result<Replay, Error> {
     let mut replay = Replay::default();
-    let mut boot = None;
     let damaged = |index: usize| Error::Damaged { path: path.to_owned(), line: index + 1 };
     let mut lines = bytes.split_inclusive(|b| *b == b'\n').enumerate().peekable();
     while let Some((index, line)) = lines.next() {
@@ -248,7 +248,7 @@ fn replay(bytes: &[u8], path: &Path) -> Result<(Replay, Option<String>), Error> 
             }
         }
         match whole.and_then(record::parse::<Record>) {
-            Some(Record::Begin { boot_id, starts, .. }) if index == 0 => (boot, replay.starts) = (Some(boot_id), starts),
+            Some(Record::Begin { starts, .. }) if index == 0 => replay.starts = starts,
             Some(Record::Accept(accepted)) if index > 0 => {
                 let update = replay.saved.remove(&accepted.id).filter(|old| old.accepted.uid == accepted.uid).and_then(|old| old.update);
                 replay.saved.insert(accepted.id.clone(), Saved { accepted: *accepted, update });
@@ -267,13 +267,13 @@ fn replay(bytes: &[u8], path: &Path) -> Result<(Replay, Option<String>), Error> 
             Some(_) | None => return Err(damaged(index)),
         }
     }
-    Ok((replay, boot))
+    Ok(replay)
 }
 
 /// Writes a whole file and puts it in place of the old one: either is whole at every moment.
-fn write_new(directory: &Path, boot_id: &str, starts: u64, records: &[Record]) -> io::Result<(File, u64, Sizes)> {
+fn write_new(directory: &Path, starts: u64, records: &[Record]) -> io::Result<(File, u64, Sizes)> {
     let hidden = directory.join("journal.new");
-    let mut bytes = record::to_line(&Record::Begin { version: VERSION, boot_id: boot_id.to_owned(), starts });
+    let mut bytes = record::to_line(&Record::Begin { version: VERSION, starts });
     let mut sizes = Sizes::new();
     for record in records {
         let line = record::to_line(record);
@@ -286,9 +286,10 @@ fn write_new(directory: &Path, boot_id: &str, starts: u64, records: &[Record]) -
         let _ = fs::remove_file(&hidden); // It would only take room.
         return Err(error);
     }
+    let parent = File::open(directory)?;
     failpoint::pass("agent-journal-rename-before");
     fs::rename(&hidden, directory.join(FILE))?;
-    File::open(directory)?.sync_all()?;
+    parent.sync_all()?;
     failpoint::pass("agent-journal-rename-after");
     Ok((file, bytes.len() as u64, sizes))
 }
@@ -310,7 +311,7 @@ mod tests {
         }
 
         fn open(&self) -> Result<(Journal, Replay), Error> {
-            Journal::open(&self.0, "boot-1")
+            Journal::open(&self.0)
         }
 
         fn bytes(&self) -> Vec<u8> {
@@ -348,6 +349,8 @@ mod tests {
             restart_at: None,
             ttl_at: None,
             ailing: None,
+            ran_since: None,
+            boot_id: "boot".into(),
         }))
     }
 
@@ -359,7 +362,7 @@ mod tests {
     fn what_was_appended_is_there_after_a_restart() {
         let dir = Dir::new("restart");
         let (mut journal, replay) = dir.open().expect("begun");
-        assert!(replay.saved.is_empty() && !replay.rebooted);
+        assert!(replay.saved.is_empty());
         journal.append(&[keep("a"), keep("b")]).expect("written");
         journal.append(&[update("a", State::Failed), forget("b")]).expect("written");
         drop(journal);
@@ -406,14 +409,12 @@ mod tests {
     }
 
     #[test]
-    fn another_boot_another_version_and_another_agent_are_noticed() {
+    fn another_version_and_another_agent_are_noticed() {
         let dir = Dir::new("other");
         let (journal, _) = dir.open().expect("begun");
         assert!(matches!(dir.open().map(|_| ()), Err(Error::Busy(_))));
         drop(journal);
-        let (_, replay) = Journal::open(&dir.0, "boot-2").expect("opened");
-        assert!(replay.rebooted);
-        fs::write(dir.0.join(FILE), record::to_line(&Record::Begin { version: 2, boot_id: "x".into(), starts: 1 })).expect("written");
+        fs::write(dir.0.join(FILE), record::to_line(&Record::Begin { version: 2, starts: 1 })).expect("written");
         assert!(matches!(dir.open().map(|_| ()), Err(Error::Foreign { version: 2, .. })));
     }
 

@@ -69,13 +69,17 @@ struct Inner {
     specs_bytes: usize,
     /// Of the last event. Its upper half counts the agent's starts, so that it never repeats.
     revision: u64,
-    /// The last events, up to `WATCH_HISTORY_MAX`.
+    /// The last events, up to `WATCH_HISTORY_MAX` and `WATCH_HISTORY_BYTES_MAX`.
     history: VecDeque<Arc<Event>>,
+    /// Of the specs in it, as JSON.
+    history_bytes: usize,
     watchers: Vec<Watcher>,
     /// Counts changes.
     version: u64,
     /// Whose changes are to be saved; `None` when nothing is ever saved.
     dirty: Option<BTreeSet<WorkloadId>>,
+    /// The machine's present boot.
+    boot_id: String,
     /// Why the journal cannot be written now.
     trouble: Option<String>,
 }
@@ -206,7 +210,7 @@ impl Registry {
     /// [`Refusal`].
     pub fn accept(&self, workload: Workload, class: Class, endpoint: usize) -> Result<(State, Status), Refusal> {
         let mut inner = self.lock();
-        if let Some(answer) = present(&mut inner, &workload) {
+        if let Some(answer) = self.present_in(&mut inner, &workload) {
             return answer;
         }
         let id = workload.id.clone();
@@ -228,7 +232,26 @@ impl Registry {
     /// # Errors
     /// [`Refusal`], when it was asked for in others, or is on its way out.
     pub fn present(&self, workload: &Workload) -> Option<Result<(State, Status), Refusal>> {
-        present(&mut self.lock(), workload)
+        self.present_in(&mut self.lock(), workload)
+    }
+
+    /// How an entry that is there answers a request to accept.
+    fn present_in(&self, inner: &mut Inner, workload: &Workload) -> Option<Result<(State, Status), Refusal>> {
+        let entry = inner.entries.get_mut(&workload.id)?;
+        if entry.wanted == Wanted::Delete {
+            return Some(Err(Refusal::Leaving));
+        }
+        if !is_same(entry, workload) {
+            return Some(Err(Refusal::Differs));
+        }
+        if !entry.is_env_known {
+            entry.hold();
+            entry.workload = Arc::new(workload.clone());
+            entry.is_env_known = true;
+            entry.ledger.is_accept_saved = false;
+            self.publish(inner, &workload.id, EventKind::Modified);
+        }
+        inner.entries.get(&workload.id).map(seen).map(Ok)
     }
 
     /// Asks for a workload's end. A workload that does not run yet ends at once.
@@ -261,7 +284,7 @@ impl Registry {
             return;
         }
         log::warn!("workload {id}: {reason}: {message}; it is stopped");
-        entry.touch();
+        entry.hold();
         entry.ailing = Some(Ailing { reason, message });
         entry.retry = None;
         entry.stopping = Some(Stopwatch::start());
@@ -385,7 +408,10 @@ impl Registry {
         let message = format!("health check failed {} of {} times in a row: {message}", entry.health.failures, health.failures_max);
         let is_over = entry.health.failures >= health.failures_max;
         entry.status.last_error = Some(crate::report::clip(message.clone(), limits::MESSAGE_BYTES_MAX));
-        self.publish(&mut inner, id, EventKind::Modified);
+        if is_over || entry.health.failures.is_power_of_two() {
+            // Each of a thousand in a row is no news.
+            self.publish(&mut inner, id, EventKind::Modified);
+        }
         drop(inner);
         if is_over {
             self.ail(id, container_id, Reason::HealthCheckFailed, message);
@@ -438,7 +464,8 @@ impl Registry {
                 ttls.push(id.clone());
             }
             let waits_to_start = entry.state == State::Pending && entry.work != Work::Doing && entry.recovery.is_none();
-            if waits_to_start && entry.start_deadline.left().is_err() && entry.wanted == Wanted::Run {
+            let is_late = waits_to_start && entry.ledger.is_settled() && entry.start_deadline.left().is_err();
+            if is_late && entry.wanted == Wanted::Run {
                 let (reason, message) = entry.too_late();
                 entry.hold();
                 entry.work = Work::Idle;
@@ -474,26 +501,32 @@ impl Registry {
         self.lock().entries.get(id).filter(|entry| entry.is_visible()).map(seen)
     }
 
-    /// Waits until what was asked of a workload is on disk.
+    /// Waits until what was asked of a workload is on disk. One that is gone by then was removed; or, where it was to be accepted
+    /// (`is_new`), was not.
     ///
     /// # Errors
     /// Why it is not.
-    pub fn settled(&self, id: &WorkloadId) -> Result<(), String> {
+    pub fn settled(&self, id: &WorkloadId, is_new: bool) -> Result<(), String> {
         let deadline = Deadline::within_ms(limits::JOURNAL_MS_MAX, "journal");
         let mut inner = self.lock();
         loop {
-            let is_settled = inner.entries.get(id).map(|entry| entry.ledger.is_settled());
-            match is_settled {
-                Some(true) => return Ok(()),
-                // It was removed meanwhile; unless it could not even be accepted.
-                None => return inner.trouble.clone().map_or(Ok(()), Err),
-                Some(false) => {}
+            let why = |inner: &Inner, otherwise: &str| inner.trouble.clone().unwrap_or_else(|| otherwise.to_owned());
+            match inner.entries.get_mut(id) {
+                None if is_new => return Err(why(&inner, "it could not be written a moment ago, or was deleted meanwhile")),
+                None => return Ok(()),
+                Some(entry) if entry.ledger.is_settled() => return Ok(()),
+                // An agent that stops writes all of it down first, so there is no other answer until then.
+                Some(entry) if deadline.left().is_err() => {
+                    if !entry.is_visible() {
+                        // It may still be written. What is refused now must not run then.
+                        entry.hold();
+                        entry.wanted = Wanted::Delete;
+                        inner.mark(id);
+                    }
+                    return Err(why(&inner, "the disk is too slow"));
+                }
+                Some(_) => inner = self.wait_changed(inner, deadline.left().unwrap_or_default()),
             }
-            // An agent that stops writes all of it down first, so there is no other answer until then.
-            let Ok(left) = deadline.left() else {
-                return Err(inner.trouble.clone().unwrap_or_else(|| "the disk is too slow".into()));
-            };
-            inner = self.wait_changed(inner, left);
         }
     }
 
@@ -670,6 +703,10 @@ impl Registry {
     fn publish(&self, inner: &mut Inner, id: &WorkloadId, kind: EventKind) {
         inner.version += 1;
         let Some(entry) = inner.entries.get_mut(id) else { return };
+        if entry.ledger.is_forgotten && kind != EventKind::Deleted {
+            // Its last event waits for the disk; nothing comes after it.
+            return;
+        }
         entry.version = inner.version;
         match &mut inner.dirty {
             Some(dirty) if entry.ledger.change > entry.ledger.saved => {
@@ -697,10 +734,13 @@ impl Registry {
             let event = Arc::new(Event { revision: inner.revision, event: kind, object: entry.object() });
             // Dropping the sender of a watcher that is too slow, or gone, is how it learns.
             inner.watchers.retain(|watcher| watcher.events.try_send(Arc::clone(&event)).is_ok());
-            if inner.history.len() >= limits::WATCH_HISTORY_MAX {
-                inner.history.pop_front();
-            }
+            let size = |event: &Event| serde_json::to_string(&event.object.spec).map_or(0, |spec| spec.len());
+            inner.history_bytes += size(&event);
             inner.history.push_back(event);
+            while inner.history.len() > limits::WATCH_HISTORY_MAX || inner.history_bytes > limits::WATCH_HISTORY_BYTES_MAX {
+                let Some(oldest) = inner.history.pop_front() else { break };
+                inner.history_bytes = inner.history_bytes.saturating_sub(size(&oldest));
+            }
         }
         if entry.ledger.is_forgotten {
             let spec_bytes = entry.spec_bytes;
@@ -772,28 +812,6 @@ fn probed<'a>(inner: &'a mut Inner, id: &WorkloadId, container_id: &str) -> Opti
     let entry = inner.entries.get_mut(id)?;
     let is_it = entry.made.as_ref().is_some_and(|m| m.container_id == container_id);
     (is_it && entry.probe == Probe::Queued && entry.state == State::Running).then_some(entry)
-}
-
-/// How an entry that is there answers a request to accept.
-fn present(inner: &mut Inner, workload: &Workload) -> Option<Result<(State, Status), Refusal>> {
-    let entry = inner.entries.get_mut(&workload.id)?;
-    if entry.wanted == Wanted::Delete {
-        return Some(Err(Refusal::Leaving));
-    }
-    if !is_same(entry, workload) {
-        return Some(Err(Refusal::Differs));
-    }
-    if !entry.is_env_known {
-        entry.workload = Arc::new(workload.clone());
-        entry.is_env_known = true;
-        entry.ledger.is_accept_saved = false;
-        entry.touch();
-        let answer = seen(entry);
-        // Whatever is saved next takes this along.
-        inner.mark(&workload.id);
-        return Some(Ok(answer));
-    }
-    Some(Ok(seen(entry)))
 }
 
 /// Whether the same was asked for before. After an adoption the values of the environment are unknown, and only its names count.

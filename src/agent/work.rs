@@ -192,10 +192,13 @@ pub fn remove_stray_logs(agent: &Agent) {
     }
     for entry in fs::read_dir(agent.logs_dir()).into_iter().flatten().flatten() {
         let name = entry.file_name();
-        let Some((id, uid)) = name.to_str().and_then(|name| name.split_once('.')) else { continue };
+        let Some(name) = name.to_str() else { continue };
+        // Half made, or whole.
+        let name = name.strip_prefix('.').and_then(|name| name.strip_suffix(".new")).unwrap_or(name);
+        let Some((id, uid)) = name.split_once('.') else { continue };
         // An acceptance that is not here now never will be: its uid is made when it enters the registry, and its directory after that.
         if WorkloadId::new(id).is_ok_and(|id| agent.registry.uid(&id).is_none_or(|present| *present != *uid)) {
-            let _ = remove_log_dir(agent, &entry.path()); // Tried again with the next sweep.
+            let _ = remove_log_dir(agent, &agent.logs_dir().join(name)); // Tried again with the next sweep.
         }
     }
 }
@@ -224,10 +227,30 @@ fn make_log_dir(agent: &Agent, dir: &Path) -> io::Result<()> {
 
 /// Removes a log directory, if it is ours; gone already is done.
 fn remove_log_dir(agent: &Agent, dir: &Path) -> io::Result<()> {
-    if !dir.join(mark(agent)).exists() {
+    let mark = mark(agent);
+    if let Some(name) = dir.file_name() {
+        // Of a start that did not come to its rename. Without a mark it is ours only if it is empty.
+        let hidden = dir.with_file_name(format!(".{}.new", name.to_string_lossy()));
+        if hidden.join(&mark).exists() {
+            gone(fs::remove_dir_all(&hidden))?;
+        }
+        let _ = fs::remove_dir(&hidden);
+    }
+    if !dir.join(&mark).exists() {
         return Ok(());
     }
+    // The mark goes last: whoever dies in between finds it again, and the rest is still ours.
+    for entry in fs::read_dir(dir)?.flatten().filter(|entry| *entry.file_name() != *mark) {
+        gone(fs::remove_file(entry.path()))?;
+    }
     fs::remove_dir_all(dir)
+}
+
+fn gone(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
 }
 
 /// Asks a guest for its kernel.

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::status::Status;
+use crate::deadline::Timestamp;
 use crate::workload::{Reason, State};
 
 /// One line. The last one of its kind about a workload counts.
@@ -23,8 +24,6 @@ pub enum Record {
     Begin {
         /// [`VERSION`].
         version: u32,
-        /// The boot of the machine it was written under: `/proc/sys/kernel/random/boot_id`.
-        boot_id: String,
         /// How often an agent has begun to write it.
         starts: u64,
     },
@@ -70,7 +69,7 @@ pub struct SavedClass {
     pub sandbox_ms_max: u64,
 }
 
-/// Where a workload stands. Moments are milliseconds of the machine's uptime, which no change of its clock reaches.
+/// Where a workload stands. Moments are milliseconds of the machine's uptime in that boot, which no change of its clock reaches.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Update {
@@ -94,6 +93,11 @@ pub struct Update {
     pub ttl_at: Option<u64>,
     /// Why it is being ended, where its policy may start it again.
     pub ailing: Option<Ailing>,
+    /// When it first ran.
+    pub ran_since: Option<Timestamp>,
+    /// The boot of the machine this was written under (`/proc/sys/kernel/random/boot_id`); empty when what ran under an earlier one was
+    /// not found out about yet.
+    pub boot_id: String,
 }
 
 /// Why a workload that nobody wanted to end is being ended.

@@ -1,7 +1,7 @@
 //! What follows a start: restarts by policy, health, time to live, and what of it outlives the agent.
 
 use kakuri::wire::agent::{EventKind, Reply};
-use kakuri::wire::record::{Record, parse, to_line};
+use kakuri::wire::record::{Record, Update, parse, to_line};
 use kakuri::wire::status::Status;
 use kakuri::workload::{Phase, Reason, State};
 use serde_json::json;
@@ -167,10 +167,13 @@ fn reboot(place: &Place, agent: &mut Agent<'_>) {
     agent.kill();
     let path = place.dir.join("agent/journal");
     let journal = std::fs::read(&path).expect("a journal");
-    let (first, rest) = journal.split_at(journal.iter().position(|b| *b == b'\n').expect("a line") + 1);
-    let Some(Record::Begin { version, starts, .. }) = parse(first.strip_suffix(b"\n").expect("a line")) else { panic!("no first line") };
-    let first = to_line(&Record::Begin { version, boot_id: "another".into(), starts });
-    std::fs::write(path, [first.as_slice(), rest].concat()).expect("written");
+    let change = |line: &[u8]| match parse(line) {
+        Some(Record::Update(update)) => to_line(&Record::Update(Box::new(Update { boot_id: "another".into(), ..*update }))),
+        Some(other) => to_line(&other),
+        None => panic!("{:?}", String::from_utf8_lossy(line)),
+    };
+    let lines: Vec<u8> = journal.split(|b| *b == b'\n').filter(|line| !line.is_empty()).flat_map(change).collect();
+    std::fs::write(path, lines).expect("written");
 }
 
 #[test]
@@ -182,8 +185,10 @@ fn a_boot_ends_what_ran_and_policy_says_what_follows() {
     agent.run(&with(place.workload("once", &["sleep", "1000"]), json!({"stop_grace_ms": 0})));
     agent.run(&with(place.workload("again", &["sleep", "1000"]), restarting("on-failure")));
     reboot(&place, &mut agent);
-    // A simulator that forgets is a machine that was booted: nothing runs any more.
+    // A simulator that forgets is a machine that was booted: nothing runs any more. The first agent after that dies before it sees so.
     place.kill_sim();
+    agent.again_now();
+    agent.kill();
     place.start_sim();
     agent.again();
     let (state, status) = agent.ended("once");
@@ -322,7 +327,7 @@ fn a_state_directory_has_one_agent_and_must_be_whole() {
     bad[middle] ^= 1;
     std::fs::write(&path, &bad).expect("written");
     second("is damaged at line 2; move it away");
-    std::fs::write(&path, to_line(&Record::Begin { version: 99, boot_id: "x".into(), starts: 1 })).expect("written");
+    std::fs::write(&path, to_line(&Record::Begin { version: 99, starts: 1 })).expect("written");
     second("has version 99, this agent writes 1");
     // A torn last line was never acknowledged.
     std::fs::write(&path, [whole.as_slice(), b"0123abcd {\"rec"].concat()).expect("written");

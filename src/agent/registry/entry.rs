@@ -58,6 +58,8 @@ pub(super) struct Entry {
     pub(super) probe_retry: Option<(Deadline, u64)>,
     /// When its time to live is over: counted from when it first ran.
     pub(super) ttl: Option<Deadline>,
+    /// When it first ran.
+    pub(super) ran_since: Option<Timestamp>,
     /// Restarts in a row, and when the present run has lasted long enough to end the row.
     pub(super) streak: u64,
     pub(super) is_proven: Option<Deadline>,
@@ -87,7 +89,7 @@ pub(super) struct Ledger {
     /// The last of them that nobody may hear of before.
     pub(super) held: u64,
     /// What is told meanwhile.
-    pub(super) shown: Option<(State, Status)>,
+    pub(super) shown: Option<(State, Status, Arc<Workload>)>,
     /// The event to be told then.
     pub(super) owed: Option<EventKind>,
     /// What was asked for is on disk too.
@@ -188,6 +190,7 @@ impl Entry {
             stopping: None,
             probe_retry: None,
             ttl: None,
+            ran_since: None,
             streak: 0,
             is_proven: None,
             restart: None,
@@ -222,7 +225,7 @@ impl Entry {
 
     /// What may be told: nothing that is not on disk, where that matters.
     pub(super) fn view(&self) -> (State, &Status) {
-        self.ledger.shown.as_ref().map_or((self.state, &self.status), |(state, status)| (*state, status))
+        self.ledger.shown.as_ref().map_or((self.state, &self.status), |(state, status, _)| (*state, status))
     }
 
     /// There is something that may be told.
@@ -238,14 +241,14 @@ impl Entry {
     /// Notes that what comes is to be saved before anybody hears of it or acts upon it. Called before the change.
     pub(super) fn hold(&mut self) {
         if self.ledger.is_settled() && self.is_visible() {
-            self.ledger.shown = Some((self.state, self.status.clone()));
+            self.ledger.shown = Some((self.state, self.status.clone(), Arc::clone(&self.workload)));
         }
         self.touch();
         self.ledger.held = self.ledger.change;
     }
 
     pub(super) fn object(&self) -> Object {
-        let mut spec = to_map(&self.workload);
+        let mut spec = to_map(self.ledger.shown.as_ref().map_or(&self.workload, |(_, _, workload)| workload));
         if let (false, Some(serde_json::Value::Object(env))) = (self.is_env_known, spec.get_mut("env")) {
             env.values_mut().for_each(|value| *value = serde_json::Value::Null);
         }
@@ -287,6 +290,7 @@ impl Entry {
         self.probe = if own_kernel { Probe::Due } else { Probe::Over };
         // Counted from the first run, whatever number of restarts follow.
         self.ttl = self.ttl.or_else(|| self.workload.spec.ttl_ms.map(|ms| Deadline::within_ms(ms, "ttl")));
+        self.ran_since.get_or_insert_with(Timestamp::now);
         self.began_to_run_again();
     }
 
@@ -354,7 +358,9 @@ impl Entry {
         };
         // A sandbox that is not what it should be is not asked for again.
         let is_final = matches!(reason, Reason::IsolationMismatch | Reason::Stopped | Reason::TtlExpired);
-        self.wanted == Wanted::Run && is_covered && !is_final && restart.attempts_max.is_none_or(|most| self.streak < most)
+        let is_left = restart.attempts_max.is_none_or(|most| self.streak < most);
+        // Without the values of its environment it would be another workload.
+        self.wanted == Wanted::Run && is_covered && !is_final && is_left && self.is_env_known
     }
 
     /// Back to Pending, to be started again after a pause.
@@ -403,6 +409,14 @@ impl Entry {
             Wanted::Stop { reason, message: why } => self.end(State::Failed, reason, why.or(Some(message.into())), None),
             Wanted::Delete => self.end(State::Failed, reason, Some(message.into()), None),
             Wanted::Run => self.conclude(false, reason, Some(message.into()), None),
+        }
+    }
+
+    /// Nobody is at work on it any more: what is to be stopped and does not run is over.
+    pub(super) fn end_if_unwanted(&mut self) {
+        if let (State::Pending, Wanted::Stop { reason, message }) = (self.state, self.wanted.clone()) {
+            self.hold();
+            self.give_up(reason, message.unwrap_or_else(|| "stopped before it ran again".into()));
         }
     }
 

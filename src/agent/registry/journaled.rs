@@ -26,8 +26,8 @@ pub struct Batch {
 
 /// What a journal said of the agent that wrote it.
 pub struct Restored {
-    /// The machine was booted since.
-    pub rebooted: bool,
+    /// The machine's present boot.
+    pub boot_id: String,
     /// How often an agent has begun, this one included.
     pub starts: u64,
 }
@@ -48,18 +48,19 @@ impl Registry {
         inner.dirty = Some(super::BTreeSet::new());
         // The lower half counts events; 2^53, what JSON numbers hold, leaves room for two million starts.
         inner.revision = restored.starts << 32;
+        inner.boot_id.clone_from(&restored.boot_id);
         for saved in saved.into_values() {
             let id = saved.accepted.id.clone();
             let at = &saved.accepted.endpoint;
             let endpoint = endpoint(at).ok_or_else(|| format!("workload {id} is at unix://{at}, which is not configured any more"))?;
-            let entry = self.restored(saved, endpoint, restored.rebooted).map_err(|problems| format!("workload {id}: {problems}"))?;
+            let entry = self.restored(saved, endpoint, &restored.boot_id).map_err(|problems| format!("workload {id}: {problems}"))?;
             inner.specs_bytes = inner.specs_bytes.saturating_add(entry.spec_bytes);
             inner.entries.insert(entry.workload.id.clone(), entry);
         }
         Ok(())
     }
 
-    fn restored(&self, saved: Saved, endpoint: usize, rebooted: bool) -> Result<Entry, Problems> {
+    fn restored(&self, saved: Saved, endpoint: usize, boot_now: &str) -> Result<Entry, Problems> {
         let Accepted { id: _, uid, workload, is_env_known, endpoint: _, class } = saved.accepted;
         let mut problems = Problems::default();
         let workload = complete(serde_json::Value::Object(workload), "", &mut problems).filter(|_| problems.is_empty()).ok_or(problems)?;
@@ -73,7 +74,9 @@ impl Registry {
         entry.touch();
         entry.ledger.saved = entry.ledger.change;
         let Some(update) = saved.update else { return Ok(entry) };
-        let Update { id: _, wanted, state, status, launched, retired, streak, restart_at, ttl_at, ailing } = update;
+        let Update { id: _, wanted, state, status, launched, retired, streak, restart_at, ttl_at, ailing, ran_since, boot_id } = update;
+        let rebooted = boot_id != boot_now;
+        entry.ran_since = ran_since;
         let is_active = !state.is_terminal();
         let spec = &entry.workload.spec;
         if is_active {
@@ -83,7 +86,7 @@ impl Registry {
                 (Some(at), Some(ms)) if !rebooted => Some(left(at).min(ms)),
                 // After a boot only the wall clock is left to count by. It may have jumped: it can shorten the time, never lengthen it.
                 (Some(_), Some(ms)) => {
-                    let since = status.started_at.unwrap_or(status.created_at);
+                    let since = ran_since.unwrap_or(status.created_at);
                     Some(ms.saturating_sub(Timestamp::now().as_millis().saturating_sub(since.as_millis())))
                 }
                 (_, _) => None,
@@ -241,8 +244,10 @@ impl Registry {
         (status.reason, status.message) = (None, None);
         // The wall clock may have jumped, so it can shorten the time to live, and never lengthen it.
         let ran_ms = since.map_or(0, |since| Timestamp::now().as_millis().saturating_sub(since.as_millis()));
+        let is_ttl_known = entry.ttl.is_some();
+        entry.ran_since = entry.ran_since.or(since);
         entry.began_to_run(seen.own_kernel);
-        if is_new {
+        if !is_ttl_known {
             entry.ttl = entry.workload.spec.ttl_ms.map(|ms| Deadline::within_ms(ms.saturating_sub(ran_ms), "ttl"));
         }
         entry.made = Some(Made { sandbox_id: seen.sandbox_id.clone(), container_id, retired: false });
@@ -313,7 +318,7 @@ fn batch(inner: &Inner, ids: Vec<WorkloadId>, whole: bool, endpoint: impl Fn(usi
         if whole || !entry.ledger.is_accept_saved {
             batch.records.push(Record::Accept(Box::new(accepted(entry, endpoint(entry.endpoint)))));
         }
-        batch.records.push(Record::Update(Box::new(update(entry))));
+        batch.records.push(Record::Update(Box::new(update(entry, &inner.boot_id))));
     }
     batch
 }
@@ -330,7 +335,7 @@ fn accepted(entry: &Entry, endpoint: String) -> Accepted {
     }
 }
 
-fn update(entry: &Entry) -> record::Update {
+fn update(entry: &Entry, boot_id: &str) -> record::Update {
     let at = |deadline: Deadline| uptime_ms().saturating_add(deadline.left_ms());
     Update {
         id: entry.workload.id.to_string(),
@@ -343,5 +348,7 @@ fn update(entry: &Entry) -> record::Update {
         restart_at: entry.restart.map(at),
         ttl_at: entry.ttl.map(at),
         ailing: entry.ailing.clone(),
+        ran_since: entry.ran_since,
+        boot_id: if entry.is_rebooted { String::new() } else { boot_id.to_owned() },
     }
 }

@@ -447,7 +447,7 @@ fn pages_come_in_the_order_of_ids() {
 /// A house with a journal, of which this test is the writer.
 fn journaled() -> House {
     let house = house();
-    let restored = Restored { rebooted: false, starts: 1 };
+    let restored = Restored { boot_id: "boot".into(), starts: 1 };
     house.registry.restore(BTreeMap::new(), &restored, |_| Some(0)).expect("nothing to restore");
     house
 }
@@ -493,13 +493,13 @@ fn a_full_disk_refuses_what_is_new_and_keeps_what_is_not() {
     let house = journaled();
     house.accept(workload(json!({}))).expect("accepted");
     house.registry.not_saved(house.batch(), "no space".into());
-    assert_eq!(house.registry.settled(&id()), Err("no space".into()));
+    assert_eq!(house.registry.settled(&id(), true), Err("no space".into()));
     assert!(house.registry.uid(&id()).is_none(), "it was not accepted");
     let probe = house.registry.unsaved(|_| "/run/x".into(), || false).expect("a probe");
     assert!(probe.records.is_empty(), "whether the disk is well again is to be seen");
     house.accept(workload(json!({}))).expect("the id is free");
     house.registry.saved(house.batch());
-    assert_eq!((house.registry.settled(&id()), house.registry.trouble()), (Ok(()), None));
+    assert_eq!((house.registry.settled(&id(), true), house.registry.trouble()), (Ok(()), None));
     house.registry.want_stop(&id(), Reason::Stopped, None);
     house.registry.not_saved(house.batch(), "no space".into());
     assert_eq!(state(&house), State::Pending, "not stopped yet");
@@ -625,4 +625,51 @@ fn a_pull_that_fails_ends_its_start_with_its_reason() {
     check(None, Reason::StartDeadlineExceeded);
     check(Some(Reason::ImagePullFailed), Reason::ImagePullFailed);
     check(Some(Reason::RuntimeUnavailable), Reason::StartDeadlineExceeded);
+}
+
+#[test]
+fn a_stop_that_comes_while_its_end_is_seen_ends_it() {
+    let fields = json!({"restart_policy": "always", "restart_backoff_ms": 100});
+    let house = running(fields, false);
+    house.registry.ail(&id(), "c", Reason::SandboxDied, "dead".into());
+    let stop = house.registry.begin_end(&id()).expect("to be stopped");
+    house.registry.observe(&id(), "c", ending(Some(1), false));
+    house.registry.want_stop(&id(), Reason::Stopped, None);
+    stop.finish(Ok(EndStep::Gone));
+    assert_eq!((state(&house), reason(&house)), (State::Failed, Some(Reason::Stopped)));
+}
+
+#[test]
+fn a_second_wish_does_not_shorten_the_grace() {
+    let house = running(json!({"stop_grace_ms": 60_000}), false);
+    house.registry.want_stop(&id(), Reason::Stopped, None);
+    house.registry.begin_end(&id()).expect("to be stopped").finish(Ok(EndStep::Asked));
+    house.registry.want_delete(&id());
+    let again = house.registry.begin_end(&id()).expect("to be stopped");
+    assert!((50_000..60_000).contains(&again.grace_ms), "{}", again.grace_ms);
+}
+
+#[test]
+fn a_workload_whose_environment_is_unknown_is_not_run_again() {
+    let house = house();
+    let annotated = workload(json!({"env": {"A": ""}, "restart_policy": "always", "restart_backoff_ms": 100}));
+    house.registry.adopt(annotated.clone(), &seen(), 0, 0, found(Observed::Running(None)));
+    house.registry.observe(&id(), "c", ending(Some(1), false));
+    assert_eq!((state(&house), reason(&house)), (State::Failed, Some(Reason::Error)));
+}
+
+#[test]
+fn the_last_event_is_the_deletion() {
+    let house = journaled();
+    house.accept(workload(json!({}))).expect("accepted");
+    house.registry.saved(house.batch());
+    let watch = house.registry.watch(None).expect("a place");
+    house.registry.want_delete(&id());
+    house.registry.saved(house.batch());
+    house.registry.begin_end(&id()).expect("to be removed").finish(Ok(EndStep::Removed));
+    house.registry.update_labels(&id(), BTreeMap::from([("a".to_owned(), "b".to_owned())]));
+    house.registry.saved(house.batch());
+    let kinds: Vec<EventKind> = watch.events.try_iter().map(|event| event.event).collect();
+    assert_eq!(kinds, [EventKind::Modified, EventKind::Deleted]);
+    assert!(house.registry.uid(&id()).is_none());
 }

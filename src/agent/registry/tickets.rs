@@ -47,8 +47,8 @@ impl Registry {
             endpoint: entry.endpoint,
             sandbox_id: made.map(|m| m.sandbox_id.clone()).or_else(|| entry.status.sandbox_id.clone()),
             container_id: made.map(|m| m.container_id.clone()),
-            // The polite signal is sent once; after the grace comes the kill.
-            grace_ms: if entry.kill.is_some() { 0 } else { entry.grace_ms() },
+            // After the grace comes the kill, whoever asks for it meanwhile.
+            grace_ms: entry.kill.map_or_else(|| entry.grace_ms(), |kill| kill.left_ms()),
             failures: entry.failures,
             is_over: false,
         })
@@ -147,10 +147,6 @@ impl Registry {
             Ok(EndStep::Cleared) => {
                 entry.failures = 0;
                 entry.made = None;
-                if let Wanted::Stop { reason, message } = entry.wanted.clone() {
-                    entry.hold();
-                    entry.give_up(reason, message.unwrap_or_else(|| "stopped before it ran again".into()));
-                }
             }
             Ok(EndStep::Ended(ending)) => {
                 entry.hold();
@@ -160,15 +156,16 @@ impl Registry {
             // Somebody else saw its end meanwhile.
             Ok(EndStep::Asked) if entry.state != State::Running => {}
             Ok(EndStep::Asked) => {
-                let kill = Deadline::within_ms(entry.grace_ms().saturating_sub(limits::STOP_WAIT_MS), "grace");
-                entry.kill = Some(kill);
-                entry.retry = Some(kill);
+                // A second stop does not lengthen the first one's grace.
+                let grace_ms = entry.grace_ms().saturating_sub(limits::STOP_WAIT_MS);
+                entry.retry = Some(*entry.kill.get_or_insert_with(|| Deadline::within_ms(grace_ms, "grace")));
             }
             Ok(EndStep::Gone) => {
                 entry.failures = 0;
-                let version = entry.version;
-                drop(inner);
-                return self.vanished(id, version);
+                if entry.state == State::Running {
+                    entry.hold();
+                    entry.lost();
+                }
             }
             Ok(EndStep::Removed) => {
                 entry.hold();
@@ -187,14 +184,9 @@ impl Registry {
                 inner.mark(id);
                 return self.assign(&mut inner, id);
             }
-            Err(message) => {
-                entry.fail_chore(message);
-                if let (State::Pending, Wanted::Stop { reason, message }) = (entry.state, entry.wanted.clone()) {
-                    entry.hold();
-                    entry.give_up(reason, message.unwrap_or_else(|| "stopped before it ran again".into()));
-                }
-            }
+            Err(message) => entry.fail_chore(message),
         }
+        entry.end_if_unwanted();
         self.publish(&mut inner, id, EventKind::Modified);
     }
 }
