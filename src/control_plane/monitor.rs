@@ -172,6 +172,10 @@ fn watch(plane: &Plane, node: &Node, was_watched: &mut bool) -> Result<(), Error
     let (mut listed, mut is_whole) = (Some(HashSet::new()), false);
     let (mut silent, mut next_ask) = (silence(), heartbeat(true));
     loop {
+        // One that always has news never waits, and it is the wait that notices a stop.
+        if plane.stopping.is_set() {
+            return Err(Error::Stopping);
+        }
         if next_ask.left().is_err() {
             node.ask()?;
             listed = listed.filter(|listed| !is_whole || !is_sure_of_missing(plane, node, listed));

@@ -2,6 +2,7 @@
 
 mod world;
 
+use std::sync::atomic::Ordering;
 use std::thread;
 
 use serde_json::{Value, json};
@@ -163,6 +164,28 @@ fn a_silent_agent_leaves_the_last_truth() {
     assert_eq!(world.status("DELETE", "/workloads/running", ""), 202);
     eventually("it is forgotten", || world.status("GET", "/workloads/running", "") == 404);
     world.end();
+}
+
+#[test]
+fn a_node_that_always_has_news_does_not_hold_up_a_stop() {
+    let world = World::new();
+    world.post("a");
+    let agent = Arc::clone(&world.agent);
+    let is_over = Arc::new(AtomicBool::new(false));
+    let over = Arc::clone(&is_over);
+    let news = thread::spawn(move || {
+        let limit = soon();
+        while !over.load(Ordering::SeqCst) && limit.left().is_ok() {
+            agent.set("a", State::Running, |_| {});
+            thread::sleep(Duration::from_millis(20));
+        }
+    });
+    let watch = Stopwatch::start();
+    world.end();
+    let stopped_ms = watch.elapsed_ms();
+    is_over.store(true, Ordering::SeqCst);
+    news.join().expect("no panic");
+    assert!(stopped_ms < 8000, "{stopped_ms} ms");
 }
 
 #[test]
