@@ -14,7 +14,7 @@ mod witness;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{BufWriter, Write};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -44,6 +44,7 @@ pub struct Storm {
     operations: AtomicUsize,
     violation: Mutex<Option<String>>,
     harmed: Mutex<BTreeSet<String>>,
+    plane_killed_ms: AtomicU64,
     history: Mutex<BufWriter<File>>,
     clock: Stopwatch,
     /// The runtime is a real one, which takes no faults and has a life of its own.
@@ -57,6 +58,15 @@ impl Storm {
 
     fn now_ms(&self) -> u64 {
         self.clock.elapsed_ms()
+    }
+
+    /// When the control plane was last killed.
+    fn plane_killed_ms(&self) -> u64 {
+        self.plane_killed_ms.load(Ordering::SeqCst)
+    }
+
+    fn note_plane_killed(&self) {
+        self.plane_killed_ms.store(self.now_ms(), Ordering::SeqCst);
     }
 
     fn count(&self) {
@@ -148,6 +158,7 @@ fn brave<'a>(places: &'a [Place], agents: Vec<Agent<'a>>, dice: &mut Dice, secon
         operations: AtomicUsize::new(0),
         violation: Mutex::default(),
         harmed: Mutex::default(),
+        plane_killed_ms: AtomicU64::new(0),
         history: Mutex::new(BufWriter::new(File::create(places[0].dir.join("storm.log")).expect("a directory of ours"))),
         clock: Stopwatch::start(),
         on_lab: places[0].lab().is_some(),

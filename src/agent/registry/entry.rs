@@ -407,6 +407,8 @@ impl Entry {
         };
         match self.wanted.clone() {
             Wanted::Stop { reason, message: why } => self.end(State::Failed, reason, why.or(Some(message.into())), None),
+            // It is we who remove it.
+            Wanted::Delete if !self.is_rebooted => self.end(State::Failed, Reason::Stopped, Some(message.into()), None),
             Wanted::Delete => self.end(State::Failed, reason, Some(message.into()), None),
             Wanted::Run => self.conclude(false, reason, Some(message.into()), None),
         }

@@ -46,6 +46,12 @@ pub struct Slot {
     pub meddling: Meddling,
     /// A request of it has an unknown fate.
     is_loose: bool,
+    /// When the request was sent whose answer was noted last.
+    asked_ms: u64,
+    now_ms: u64,
+    /// The control plane was killed since: what its agents said last may not have been on its disk, and it tells the truth before
+    /// that, with its age, until they say it again.
+    may_be_older: bool,
     /// How many acceptances it may have had.
     pub lives: usize,
 }
@@ -108,7 +114,18 @@ impl<'a> Client<'a> {
         let id = format!("{}-{}{policy}", self.name, self.ids);
         let wish = Wish::any(&mut self.dice, &id, &self.nodes, self.storm.on_lab);
         let meddling = Meddling { is_real: self.storm.on_lab, ..Meddling::default() };
-        Slot { id, wish, presence: Presence::Absent, told: Told::default(), meddling, is_loose: false, lives: 0 }
+        Slot {
+            id,
+            wish,
+            presence: Presence::Absent,
+            told: Told::default(),
+            meddling,
+            is_loose: false,
+            asked_ms: 0,
+            now_ms: 0,
+            may_be_older: false,
+            lives: 0,
+        }
     }
 
     /// Acts until the storm is over; all ids it ever used.
@@ -133,6 +150,8 @@ impl<'a> Client<'a> {
 
     fn act(&mut self, slot: &mut Slot) -> Result<(), String> {
         slot.meddling.is_harmed = self.storm.is_harmed(&slot.id);
+        slot.may_be_older = matches!(self.front, Front::Http(_)) && slot.asked_ms <= self.storm.plane_killed_ms();
+        slot.now_ms = self.storm.now_ms();
         self.storm.count();
         let is_over = slot.told.state().is_some_and(State::is_terminal);
         match (slot.presence, self.dice.below(20)) {
@@ -179,7 +198,7 @@ impl<'a> Client<'a> {
                     (Presence::Leaving { is_accepted: true }, Some(false)) if !slot.is_loose => {
                         return Err("its deletion was accepted, and it is there as if not".into());
                     }
-                    (Presence::Leaving { .. }, Some(false)) => return slot.note(state, *status),
+                    (Presence::Leaving { .. }, Some(false)) => return slot.note(self.storm, state, *status),
                     (Presence::Leaving { .. }, _) => {
                         (slot.told, slot.meddling.is_stopped) = (Told::default(), slot.is_loose);
                     }
@@ -187,7 +206,7 @@ impl<'a> Client<'a> {
                     (Presence::Asked | Presence::Present, _) => {}
                 }
                 slot.presence = Presence::Present;
-                slot.note(state, *status)
+                slot.note(self.storm, state, *status)
             }
             (Outcome::Conflict(code), Presence::Leaving { .. }) if code == "workload_deleting" || code == "Unavailable" => Ok(()),
             (Outcome::Conflict(code), _) => Err(format!("POST of what is there in the same words: {code}")),
@@ -237,7 +256,7 @@ impl<'a> Client<'a> {
             (Outcome::Said(..), Presence::Absent) => Err("it is gone, or never was, and is there".into()),
             // It may still be refused by its node.
             (Outcome::Said(..), Presence::Asked) => Ok(()),
-            (Outcome::Said(state, status), Presence::Present | Presence::Leaving { .. }) => slot.note(state, *status),
+            (Outcome::Said(state, status), Presence::Present | Presence::Leaving { .. }) => slot.note(self.storm, state, *status),
             (Outcome::NotThere, presence) => self.not_there(slot, presence, "GET"),
             (Outcome::Accepted | Outcome::Conflict(_), _) => Err("no answer to a GET".into()),
             (Outcome::Refused | Outcome::Silence, _) => Ok(()),
@@ -263,7 +282,7 @@ impl<'a> Client<'a> {
             Front::Line { .. } => self.line_outcome(&json!({"type": "StopWorkload", "id": slot.id})),
         };
         match outcome {
-            Outcome::Said(state, status) => slot.note(state, *status),
+            Outcome::Said(state, status) => slot.note(self.storm, state, *status),
             Outcome::NotThere => self.not_there(slot, slot.presence, "stop"),
             Outcome::Silence => {
                 slot.is_loose = true;
@@ -286,7 +305,7 @@ impl<'a> Client<'a> {
         match outcome {
             Outcome::Said(state, status) if matches!(self.front, Front::Http(_)) => {
                 slot.presence = Presence::Leaving { is_accepted: true };
-                slot.note(state, *status)
+                slot.note(self.storm, state, *status)
             }
             // Deleted: it is gone already.
             Outcome::Accepted => {
@@ -313,9 +332,12 @@ impl<'a> Client<'a> {
 
     /// The list has all that is mine, and nothing that is gone.
     fn list(&mut self) -> Result<(), String> {
+        let now_ms = self.storm.now_ms();
         let Some(items) = self.items() else { return Ok(()) };
         for slot in &mut self.slots {
             slot.meddling.is_harmed = self.storm.is_harmed(&slot.id);
+            slot.may_be_older = matches!(self.front, Front::Http(_)) && slot.asked_ms <= self.storm.plane_killed_ms();
+            slot.now_ms = now_ms;
             let item = items.iter().find(|item| item["id"] == slot.id.as_str());
             match (slot.presence, item) {
                 (Presence::Present, None) => {
@@ -324,7 +346,7 @@ impl<'a> Client<'a> {
                 (Presence::Absent, Some(item)) if !slot.is_loose => return Err(format!("gone, and in the list: {item}")),
                 (Presence::Present, Some(item)) => {
                     let (state, status) = read(item)?;
-                    slot.note(state, status).map_err(|rule| format!("{}: {rule}", slot.id))?;
+                    slot.note(self.storm, state, status).map_err(|rule| format!("{}: {rule}", slot.id))?;
                 }
                 _ => {}
             }
@@ -515,11 +537,17 @@ impl<'a> Client<'a> {
 }
 
 impl Slot {
-    fn note(&mut self, state: State, status: Status) -> Result<(), String> {
+    fn note(&mut self, storm: &Storm, state: State, status: Status) -> Result<(), String> {
+        // It may have come to harm while the request was under way.
+        self.meddling.is_harmed = storm.is_harmed(&self.id);
         if self.is_loose && self.told.created_at().is_some_and(|before| before != status.created_at) {
             // A request that was not answered was carried out, and this is another life.
             self.told = Told::default();
         }
+        if self.may_be_older && self.told.is_newer_than(&status) {
+            return Ok(());
+        }
+        self.asked_ms = self.now_ms;
         self.told.note(self.wish.fate, self.meddling, state, status)
     }
 

@@ -121,6 +121,11 @@ pub struct Told {
 }
 
 impl Told {
+    /// Whether this is about an earlier moment of the same acceptance.
+    pub fn is_newer_than(&self, status: &Status) -> bool {
+        self.last.as_ref().is_some_and(|(_, last)| last.created_at == status.created_at && last.observed_at > status.observed_at)
+    }
+
     /// When the acceptance happened that this is about.
     pub fn created_at(&self) -> Option<Timestamp> {
         self.last.as_ref().map(|(_, status)| status.created_at)

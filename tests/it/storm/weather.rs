@@ -84,7 +84,10 @@ impl<'a> World<'a> {
         storm.write(&format!("* {who:?} {} until {until}", ["killed", "killed", "killed", "terminated", "paused", "paused"][how]));
         match (how, who) {
             (0..=2, Who::Agent(n)) => self.agents[n].kill(),
-            (0..=2, Who::Plane) => self.plane.kill(),
+            (0..=2, Who::Plane) => {
+                self.plane.kill();
+                storm.note_plane_killed();
+            }
             (0..=3, Who::Sim(n)) => self.places[n].kill_sim(),
             (3, Who::Agent(n)) => self.agents[n].terminate(),
             (3, Who::Plane) => self.plane.terminate(),
