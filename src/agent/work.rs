@@ -193,12 +193,15 @@ pub fn remove_stray_logs(agent: &Agent) {
     for entry in fs::read_dir(agent.logs_dir()).into_iter().flatten().flatten() {
         let name = entry.file_name();
         let Some(name) = name.to_str() else { continue };
-        // Half made, or whole.
-        let name = name.strip_prefix('.').and_then(|name| name.strip_suffix(".new")).unwrap_or(name);
-        let Some((id, uid)) = name.split_once('.') else { continue };
+        let hidden = name.strip_prefix('.').and_then(|name| name.strip_suffix(HIDDEN_SUFFIX));
+        let Some((id, uid)) = hidden.unwrap_or(name).split_once('.') else { continue };
         // An acceptance that is not here now never will be: its uid is made when it enters the registry, and its directory after that.
         if WorkloadId::new(id).is_ok_and(|id| agent.registry.uid(&id).is_none_or(|present| *present != *uid)) {
-            let _ = remove_log_dir(agent, &agent.logs_dir().join(name)); // Tried again with the next sweep.
+            let _ = remove_log_dir(agent, &entry.path()); // Tried again with the next sweep.
+            if hidden.is_some() {
+                // An agent that was killed before it marked the directory, or just after it removed the mark, left it empty.
+                let _ = fs::remove_dir(entry.path()); // One that is not empty is not ours.
+            }
         }
     }
 }
@@ -209,13 +212,19 @@ pub fn mark(agent: &Agent) -> String {
     format!(".kakuri-{}", agent.registry.node())
 }
 
+/// How the name of a log directory ends, after a dot before it, that is being made or removed.
+const HIDDEN_SUFFIX: &str = ".new";
+
+fn hidden(dir: &Path) -> PathBuf {
+    dir.with_file_name(format!(".{}{HIDDEN_SUFFIX}", dir.file_name().unwrap_or_default().to_string_lossy()))
+}
+
 /// Makes a log directory, with its mark in it from its first moment. One that is there without it is not ours.
 fn make_log_dir(agent: &Agent, dir: &Path) -> io::Result<()> {
     if dir.join(mark(agent)).exists() {
         return Ok(());
     }
-    let name = dir.file_name().unwrap_or_default().to_string_lossy();
-    let hidden = dir.with_file_name(format!(".{name}.new"));
+    let hidden = hidden(dir);
     match fs::remove_dir_all(&hidden) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         Ok(()) | Err(_) => {}
@@ -225,25 +234,31 @@ fn make_log_dir(agent: &Agent, dir: &Path) -> io::Result<()> {
     fs::rename(&hidden, dir)
 }
 
-/// Removes a log directory, if it is ours; gone already is done.
+/// Removes a log directory, if it is ours; gone already is done. Its mark goes last, and under a name that only we give: whoever is
+/// killed in the middle leaves something that is known for ours.
 fn remove_log_dir(agent: &Agent, dir: &Path) -> io::Result<()> {
     let mark = mark(agent);
-    if let Some(name) = dir.file_name() {
-        // Of a start that did not come to its rename. Without a mark it is ours only if it is empty.
-        let hidden = dir.with_file_name(format!(".{}.new", name.to_string_lossy()));
-        if hidden.join(&mark).exists() {
-            gone(fs::remove_dir_all(&hidden))?;
-        }
-        let _ = fs::remove_dir(&hidden);
+    let is_hidden = dir.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'));
+    if !is_hidden {
+        // Of a start, or a removal, that did not come to its end.
+        remove_log_dir(agent, &hidden(dir))?;
+        let _ = fs::remove_dir(hidden(dir)); // Without a mark it is ours only if it is empty.
     }
     if !dir.join(&mark).exists() {
         return Ok(());
     }
-    // The mark goes last: whoever dies in between finds it again, and the rest is still ours.
-    for entry in fs::read_dir(dir)?.flatten().filter(|entry| *entry.file_name() != *mark) {
-        gone(fs::remove_file(entry.path()))?;
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        if entry.file_name() == *mark {
+            continue;
+        }
+        if entry.file_type()?.is_dir() { gone(fs::remove_dir_all(entry.path()))? } else { gone(fs::remove_file(entry.path()))? }
     }
-    fs::remove_dir_all(dir)
+    let last = if is_hidden { dir.to_owned() } else { hidden(dir) };
+    if !is_hidden {
+        fs::rename(dir, &last)?;
+    }
+    fs::remove_dir_all(last)
 }
 
 fn gone(result: io::Result<()>) -> io::Result<()> {

@@ -305,6 +305,28 @@ fn an_agent_may_start_before_its_runtime() {
 }
 
 #[test]
+fn what_an_agent_was_killed_over_making_or_removing_is_cleared_away() {
+    let place = Place::sim(&[]);
+    let mut agent = place.agent(&[]);
+    agent.terminate();
+    let logs = place.dir.join("agent/logs");
+    let mark = format!(".kakuri-{}", place.node);
+    // Made, and not marked yet; marked, and not in place yet; somebody else's.
+    std::fs::create_dir_all(logs.join(".wl-1.abcdefghijkl.new")).expect("made");
+    std::fs::create_dir_all(logs.join(".wl-2.abcdefghijkl.new")).expect("made");
+    std::fs::write(logs.join(".wl-2.abcdefghijkl.new").join(mark), "").expect("written");
+    std::fs::create_dir_all(logs.join(".wl-3.abcdefghijkl.new")).expect("made");
+    std::fs::write(logs.join(".wl-3.abcdefghijkl.new/precious"), "x").expect("written");
+    agent.again();
+    let names = || {
+        let entries = std::fs::read_dir(&logs).expect("a directory").flatten();
+        entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect::<Vec<_>>()
+    };
+    until("only what is not ours is left", || names() == [".wl-3.abcdefghijkl.new"]);
+    std::fs::remove_dir_all(logs.join(".wl-3.abcdefghijkl.new")).expect("ours again");
+}
+
+#[test]
 fn a_list_is_whole_or_refused() {
     let place = Place::sim(&["--persist"]);
     let mut agent = place.agent(&[]);
