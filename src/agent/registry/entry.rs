@@ -402,6 +402,8 @@ impl Entry {
     pub(super) fn lost(&mut self) {
         let (reason, message) = if self.is_rebooted {
             (Reason::NodeRebooted, "the machine was booted again while it ran")
+        } else if self.state == State::Pending {
+            (Reason::StartFailed, "an agent died while it started it; whether it ran is not known, and nothing of it is left")
         } else {
             (Reason::SandboxDied, "the runtime does not have it any more")
         };
