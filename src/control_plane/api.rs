@@ -305,7 +305,9 @@ impl Refusal {
             Error::Refused(_) => (Status::Unavailable, "node_unavailable"),
             Error::Expired(_) => (Status::GatewayTimeout, "node_timeout"),
             Error::Garbled(_) | Error::TooLong | Error::Unexpected => (Status::InternalServerError, "node_garbled"),
-            Error::Closed | Error::Connect(_) | Error::NoSuchNode | Error::Socket(_) => (Status::Unavailable, "node_unreachable"),
+            Error::Closed | Error::Connect(_) | Error::NoSuchNode | Error::Socket(_) | Error::Somebody(_) => {
+                (Status::Unavailable, "node_unreachable")
+            }
             Error::Stopping => (Status::Unavailable, "stopping"),
         };
         match error {

@@ -43,7 +43,7 @@ struct Strangers {
 /// A node as last seen.
 #[derive(Clone, Debug)]
 pub(super) struct View {
-    /// Whether its agent answered last time.
+    /// Whether its agent answered last time, and under its name.
     pub(super) is_reachable: bool,
     /// Why it takes no work.
     pub(super) trouble: Option<String>,
@@ -57,7 +57,7 @@ impl Node {
     /// A node nobody spoke with yet.
     pub(super) fn new(name: Name, address: Address, stopping: Arc<Stopping>) -> Self {
         let view = View { is_reachable: false, trouble: Some("no answer yet".into()), observed_at: None, node: None };
-        Self { name, client: NodeClient::new(address, stopping), view: Mutex::new(view), strangers: Mutex::default() }
+        Self { name: name.clone(), client: NodeClient::new(name, address, stopping), view: Mutex::new(view), strangers: Mutex::default() }
     }
 
     /// As last seen.
@@ -112,10 +112,14 @@ impl Node {
         let was = self.view();
         let (is, result) = match result {
             Ok(node) => {
-                let trouble = trouble_of(&self.name, &node);
+                let trouble = trouble_of(&node);
                 (View { is_reachable: true, trouble, observed_at: Some(Timestamp::now()), node: Some(node) }, Ok(()))
             }
-            Err(error) => (View { is_reachable: false, trouble: Some(Chain(&error).to_string()), ..was.clone() }, Err(error)),
+            Err(error) => {
+                // Whoever mixed up two addresses sees what is there.
+                let node = if let Error::Somebody(node) = &error { Some(Arc::new(node.as_ref().clone())) } else { was.node.clone() };
+                (View { is_reachable: false, trouble: Some(Chain(&error).to_string()), node, ..was.clone() }, Err(error))
+            }
         };
         match (&was.trouble, &is.trouble) {
             (Some(_), None) => log::info!("node {} is ready", self.name),
@@ -128,10 +132,7 @@ impl Node {
 }
 
 /// Why a node that answered takes no work.
-fn trouble_of(name: &Name, node: &agent::Node) -> Option<String> {
-    if node.node_id != name.as_str() {
-        return Some(format!("the agent there calls itself {:?}", node.node_id));
-    }
+fn trouble_of(node: &agent::Node) -> Option<String> {
     if node.ready {
         return None;
     }
@@ -268,13 +269,11 @@ mod tests {
     use crate::wire::agent::Condition;
 
     #[test]
-    fn a_node_is_ready_when_it_says_so_under_its_own_name() {
-        let name = Name::new("node-1").expect("a name");
-        let check = |node: agent::Node, expect: Option<&str>| assert_eq!(trouble_of(&name, &node).as_deref(), expect);
+    fn a_node_is_ready_when_it_says_so() {
+        let check = |node: agent::Node, expect: Option<&str>| assert_eq!(trouble_of(&node).as_deref(), expect);
         let well = || node("node-1", &["gvisor"]);
         let failed = || Condition { r#type: "RuntimeReady".into(), ok: false, message: "no answer".into() };
         check(well(), None);
-        check(node("node-2", &[]), Some("the agent there calls itself \"node-2\""));
         check(agent::Node { ready: false, ..well() }, Some("its agent says it is not ready"));
         check(agent::Node { ready: false, conditions: vec![failed()], ..well() }, Some("RuntimeReady: no answer"));
     }

@@ -2,8 +2,11 @@
 //!
 //! A connection carries one request at a time, and goes back to the pool only when its reply was read whole. An idle one that the
 //! agent closed is replaced before anything is written. A connection lost later may have lost the reply alone, so only a request
-//! that is idempotent by contract (all but Exec) is sent again, once.
+//! that is idempotent by contract (all but Exec) is sent again, once. What comes of that may contradict what became of it the first time:
+//! only an answer that is true of both counts ([`is_true_of_both`]).
 //!
+//! Invariant: nothing is asked of an agent but its name, as long as it has not said on that very connection that it is the one meant. An
+//! address may be somebody else's from one moment to the next, and that one's "no such workload" is no truth of ours.
 //! Invariant: idle connections <= `NODE_POOL_MAX`; a reply is a line <= `LINE_BYTES_MAX`.
 //! Invariant: whoever waits here notices within `NODE_WAIT_SLICE_MS` that the control plane is stopping.
 
@@ -15,7 +18,8 @@ use crate::deadline::{Deadline, Expired};
 use crate::limits;
 use crate::net::line::{LineError, LineReader};
 use crate::net::{self, Address, Stream};
-use crate::wire::agent::{ErrorReply, Reply, Request};
+use crate::wire::agent::{self, ErrorCode, ErrorReply, Reply, Request};
+use crate::workload::Name;
 
 /// Why there is no reply.
 #[derive(Debug)]
@@ -34,6 +38,8 @@ pub(super) enum Error {
     Refused(ErrorReply),
     /// The connection failed.
     Socket(net::Error),
+    /// The agent at this address is another one. It was asked for nothing else.
+    Somebody(Box<agent::Node>),
     /// We are stopping, and the wait was long.
     Stopping,
     /// Its line is over the limit.
@@ -52,6 +58,7 @@ impl fmt::Display for Error {
             Self::NoSuchNode => f.write_str("the node is not configured any more"),
             Self::Refused(reply) => write!(f, "the agent says {:?}: {}", reply.code, reply.message),
             Self::Socket(_) => f.write_str("connection to the agent"),
+            Self::Somebody(node) => write!(f, "the agent there calls itself {:?}", node.node_id),
             Self::Stopping => f.write_str("the control plane is stopping"),
             Self::TooLong => write!(f, "the agent's reply is longer than {} bytes", limits::LINE_BYTES_MAX),
             Self::Unexpected => f.write_str("the agent replied to something else"),
@@ -64,9 +71,14 @@ impl std::error::Error for Error {
         match self {
             Self::Connect(error) | Self::Socket(error) => Some(error),
             Self::Garbled(error) => Some(error),
-            Self::Closed | Self::Expired(_) | Self::NoSuchNode | Self::Refused(_) | Self::Stopping | Self::TooLong | Self::Unexpected => {
-                None
-            }
+            Self::Closed
+            | Self::Expired(_)
+            | Self::NoSuchNode
+            | Self::Refused(_)
+            | Self::Somebody(_)
+            | Self::Stopping
+            | Self::TooLong
+            | Self::Unexpected => None,
         }
     }
 }
@@ -81,6 +93,7 @@ impl Error {
             | Self::Garbled(_)
             | Self::NoSuchNode
             | Self::Refused(_)
+            | Self::Somebody(_)
             | Self::Stopping
             | Self::TooLong
             | Self::Unexpected => false,
@@ -91,6 +104,8 @@ impl Error {
 /// Speaks with one agent.
 #[derive(Debug)]
 pub(super) struct NodeClient {
+    /// What it must call itself.
+    name: Name,
     address: Address,
     idle: Mutex<Vec<Connection>>,
     stopping: Arc<Stopping>,
@@ -98,8 +113,8 @@ pub(super) struct NodeClient {
 
 impl NodeClient {
     /// Nothing is connected yet.
-    pub(super) fn new(address: Address, stopping: Arc<Stopping>) -> Self {
-        Self { address, idle: Mutex::default(), stopping }
+    pub(super) fn new(name: Name, address: Address, stopping: Arc<Stopping>) -> Self {
+        Self { name, address, idle: Mutex::default(), stopping }
     }
 
     /// Where the agent listens.
@@ -112,9 +127,20 @@ impl NodeClient {
         let line = request.to_line();
         let mut connection = self.take_idle().map_or_else(|| self.connect(deadline), Ok)?;
         let mut result = connection.exchange(&line, deadline);
-        if is_idempotent(request) && result.as_ref().is_err_and(Error::is_lost_connection) {
-            connection = self.connect(deadline)?;
-            result = connection.exchange(&line, deadline);
+        if let (true, Some(lost)) = (is_idempotent(request), result.as_ref().err().filter(|error| error.is_lost_connection())) {
+            let again = self.connect(deadline).and_then(|mut connection| match connection.exchange(&line, deadline) {
+                Err(Error::Refused(refusal)) if !is_true_of_both(request, refusal.code) => {
+                    log::debug!("{}: {lost}, and then {refusal:?}", self.name);
+                    Ok(None)
+                }
+                result => Ok(Some((connection, result))),
+            });
+            match again {
+                Ok(Some((other, second))) => (connection, result) = (other, second),
+                // Nothing was learnt of the first one.
+                Ok(None) | Err(Error::Refused(_)) => return result,
+                Err(error) => return Err(error),
+            }
         }
         if matches!(result, Ok(_) | Err(Error::Refused(_))) {
             self.give_back(connection);
@@ -129,11 +155,20 @@ impl NodeClient {
         Ok(Replies(connection))
     }
 
+    /// A connection to an agent that has said that it is the one meant.
     fn connect(&self, deadline: Deadline) -> Result<Connection, Error> {
+        let greeting = deadline;
         let deadline = deadline.at_most_ms(limits::NODE_CONNECT_MS_MAX, "connect to the agent");
         let stream = Stream::connect(&self.address, deadline).map_err(Error::Connect)?;
         let reader = LineReader::new(limits::LINE_BYTES_MAX, limits::LINE_MS_MAX);
-        Ok(Connection { stream, reader, stopping: Arc::clone(&self.stopping) })
+        let mut connection = Connection { stream, reader, stopping: Arc::clone(&self.stopping) };
+        match connection.exchange(&Request::GetNode.to_line(), greeting) {
+            Ok(Reply::Node(node)) if node.node_id == self.name.as_str() => Ok(connection),
+            Ok(Reply::Node(node)) => Err(Error::Somebody(node)),
+            Err(Error::Refused(refusal)) if !is_of_agent(refusal.code) => Err(Error::Unexpected),
+            Ok(_) => Err(Error::Unexpected),
+            Err(error) => Err(error),
+        }
     }
 
     /// An idle connection on which nothing happened since; what the agent closed or spoke on unasked is dropped.
@@ -171,6 +206,18 @@ fn is_idempotent(request: &Request) -> bool {
         | Request::UpdateWorkload { .. }
         | Request::Watch { .. } => true,
     }
+}
+
+/// Whether a refusal says something about the agent as a whole, and not about a workload.
+fn is_of_agent(code: ErrorCode) -> bool {
+    matches!(code, ErrorCode::Internal | ErrorCode::ResourceExhausted | ErrorCode::Unauthenticated | ErrorCode::Unavailable)
+}
+
+/// Whether the refusal of a request that was sent again, for the reply to the first one was lost, says that the first was refused too.
+/// A start that an agent accepted and then is too busy to hear of again is under way.
+fn is_true_of_both(request: &Request, code: ErrorCode) -> bool {
+    let is_final = matches!(code, ErrorCode::AlreadyExists | ErrorCode::InvalidArgument | ErrorCode::PermissionDenied);
+    is_final || !matches!(request, Request::StartWorkload { .. })
 }
 
 /// Replies that come one after the other.
@@ -240,11 +287,14 @@ impl Connection {
 mod tests {
     use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
+    use super::super::scheduler::tests::node;
     use super::*;
     use crate::net::listen::{Listener, Server, Service};
 
-    /// An agent that counts requests and answers each with the next of its lines; an empty one closes the connection.
+    /// An agent that says its name whenever it is asked, counts other requests and answers each with the next of its lines; an empty one
+    /// closes the connection.
     struct Scripted {
+        name: &'static str,
         lines: Vec<&'static str>,
         asked: AtomicUsize,
     }
@@ -252,7 +302,14 @@ mod tests {
     impl Service for Scripted {
         fn serve(&self, mut stream: Stream, _stopping: &AtomicBool) {
             let mut reader = LineReader::new(limits::LINE_BYTES_MAX, 1000);
-            while let Ok(Some(_)) = reader.next(&mut stream, soon()) {
+            while let Ok(Some(asked)) = reader.next(&mut stream, soon()) {
+                if asked == Request::GetNode.to_line().trim_ascii_end() {
+                    let greeting = Reply::Node(Box::new(node(self.name, &[]))).to_line(None);
+                    if stream.write_all(&greeting, soon()).is_err() {
+                        return;
+                    }
+                    continue;
+                }
                 let line = self.lines.get(self.asked.fetch_add(1, Ordering::SeqCst)).copied().unwrap_or_default();
                 if line.is_empty() || stream.write_all(line.as_bytes(), soon()).is_err() {
                     return;
@@ -269,11 +326,19 @@ mod tests {
         Deadline::within_ms(5000, "test")
     }
 
+    fn name() -> Name {
+        Name::new("node-1").expect("a name")
+    }
+
     fn with_agent(lines: &[&'static str], act: impl FnOnce(&NodeClient, &Server)) -> usize {
+        with_agent_called("node-1", lines, act)
+    }
+
+    fn with_agent_called(name: &'static str, lines: &[&'static str], act: impl FnOnce(&NodeClient, &Server)) -> usize {
         let listener = Listener::bind(&Address::parse("127.0.0.1:0").expect("an address")).expect("a port");
-        let agent = Arc::new(Scripted { lines: lines.to_vec(), asked: AtomicUsize::new(0) });
+        let agent = Arc::new(Scripted { name, lines: lines.to_vec(), asked: AtomicUsize::new(0) });
         let server = Server::start(listener, "agent", Arc::clone(&agent)).expect("a thread");
-        act(&NodeClient::new(server.address().clone(), Arc::default()), &server);
+        act(&NodeClient::new(self::name(), server.address().clone(), Arc::default()), &server);
         server.stop(1000);
         agent.asked.load(Ordering::SeqCst)
     }
@@ -299,6 +364,44 @@ mod tests {
             assert!(matches!(client.request(&Request::Ping, soon()), Err(Error::Closed)));
         });
         assert_eq!(asked, 2);
+    }
+
+    #[test]
+    fn another_agent_is_asked_for_nothing() {
+        let asked = with_agent_called("node-2", &[NO], |client, _| {
+            let delete = Request::DeleteWorkload { id: crate::workload::WorkloadId::new("a").expect("an id"), wait_ms: None };
+            let error = client.request(&delete, soon()).expect_err("somebody else");
+            assert_eq!(error.to_string(), "the agent there calls itself \"node-2\"");
+            assert!(matches!(client.stream(&Request::Watch { since: None }, soon()), Err(Error::Somebody(_))));
+            assert!(matches!(client.request(&Request::GetNode, soon()), Err(Error::Somebody(_))));
+        });
+        assert_eq!(asked, 0);
+    }
+
+    #[test]
+    fn a_refusal_of_the_second_start_is_none_of_the_first() {
+        let start = || {
+            let name = Name::new("gvisor").expect("a name");
+            let draft = super::super::store::tests::draft(r#"{"image":"busybox"}"#);
+            let workload = Box::new(draft.resolve(crate::workload::WorkloadId::new("a").expect("an id"), name));
+            Request::StartWorkload { workload, wait_ms: None }
+        };
+        let check = |code: &str, is_final: bool| {
+            let line: &'static str = format!("{{\"type\":\"Error\",\"code\":\"{code}\",\"message\":\"no\"}}\n").leak();
+            let asked = with_agent(&["", line], |client, _| {
+                let error = client.request(&start(), soon()).expect_err("refused or lost");
+                assert_eq!(matches!(error, Error::Refused(_)), is_final, "{error:?}");
+                assert!(is_final || matches!(error, Error::Closed), "{error:?}");
+            });
+            assert_eq!(asked, 2);
+            with_agent(&[line], |client, _| assert!(matches!(client.request(&start(), soon()), Err(Error::Refused(_)))));
+        };
+        for code in ["AlreadyExists", "InvalidArgument", "PermissionDenied"] {
+            check(code, true);
+        }
+        for code in ["Unavailable", "ResourceExhausted", "Internal", "DeadlineExceeded", "NotFound"] {
+            check(code, false);
+        }
     }
 
     #[test]
@@ -341,7 +444,7 @@ mod tests {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
         let address = Address::Tcp(listener.local_addr().expect("bound"));
         let stopping = Arc::<Stopping>::default();
-        let client = NodeClient::new(address, Arc::clone(&stopping));
+        let client = NodeClient::new(name(), address, Arc::clone(&stopping));
         let result = client.request(&Request::Ping, Deadline::within_ms(20, "ping"));
         assert!(matches!(result, Err(Error::Expired(e)) if e.phase == "ping"), "{result:?}");
         stopping.set();

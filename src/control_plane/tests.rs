@@ -220,6 +220,47 @@ fn a_deletion_outlasts_a_silent_agent() {
 }
 
 #[test]
+fn another_agent_at_the_address_is_told_nothing_and_believed_nothing() {
+    let mut world = World::new();
+    for id in ["deleted", "pending", "running"] {
+        world.post(id);
+    }
+    world.agent.set("running", State::Running, |_| {});
+    assert_eq!(world.get("running")["state"], "Running");
+    world.stop_agent();
+    assert_eq!(world.status("DELETE", "/workloads/deleted", ""), 202);
+    let ours = {
+        let mut fake = world.agent.lock();
+        fake.name = "node-2".into();
+        fake.asked.clear();
+        std::mem::take(&mut fake.workloads)
+    };
+    world.start_any_agent();
+    let message = |world: &World| world.json("GET", "/nodes/node-1", "").1["message"].clone();
+    eventually("it is seen", || message(&world) == "the agent there calls itself \"node-2\"");
+    // Passes of the reconciler that would have sent something, and those who ask.
+    for _ in 0..3 {
+        let passes = world.agent.asked("GetNode");
+        eventually("it was asked again who it is", || world.agent.asked("GetNode") > passes);
+        assert_eq!(world.get("running")["state"], "Running");
+        assert_eq!(world.json("GET", "/workloads/running/logs", "").1["code"], "node_unreachable");
+        assert_eq!(world.json("POST", "/workloads/running/exec", r#"{"command":["x"]}"#).1["code"], "node_unreachable");
+    }
+    assert_eq!(world.get("deleted")["status"]["phase"], "Stopping", "nobody has confirmed that it is gone");
+    let other: Vec<String> = world.agent.lock().asked.iter().filter(|asked| !asked.starts_with("GetNode")).cloned().collect();
+    assert!(other.is_empty(), "{other:?}");
+
+    world.stop_agent();
+    world.agent.lock().name = "node-1".into();
+    world.agent.lock().workloads = ours;
+    world.start_agent();
+    eventually("it is gone", || world.status("GET", "/workloads/deleted", "") == 404);
+    assert_eq!((&world.get("running")["state"], &world.get("pending")["state"]), (&json!("Running"), &json!("Pending")));
+    assert_eq!(world.agent.asked("StartWorkload"), 0);
+    world.end();
+}
+
+#[test]
 fn a_slow_deletion_is_seen_to_its_end() {
     let world = World::new();
     world.post("a");

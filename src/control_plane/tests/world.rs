@@ -28,10 +28,12 @@ pub(super) enum Fault {
 
 #[derive(Default)]
 pub(super) struct Fake {
+    /// What it calls itself.
+    pub(super) name: String,
     pub(super) workloads: BTreeMap<String, Object>,
     watchers: Vec<Sender<Reply>>,
     /// The types of requests so far, with the id.
-    asked: Vec<String>,
+    pub(super) asked: Vec<String>,
     faults: Vec<(&'static str, Fault)>,
     /// DeleteWorkload only begins; [`FakeAgent::forget`] ends it.
     pub(super) deletes_slowly: bool,
@@ -41,7 +43,6 @@ pub(super) struct Fake {
 /// An agent that keeps workloads and never runs them.
 #[derive(Default)]
 pub(super) struct FakeAgent {
-    name: String,
     fake: Mutex<Fake>,
     changed: Condvar,
 }
@@ -83,11 +84,11 @@ impl FakeAgent {
         let status = |id: &str, object: &Object| Reply::Status { id: id.into(), state: object.state, status: object.status.clone() };
         let unknown = |id: &str| Reply::error(ErrorCode::NotFound, "no such workload", Some(id.into()));
         let reply = match request {
-            Request::GetNode => Reply::Node(Box::new(super::super::scheduler::tests::node(&self.name, &["gvisor", "native"]))),
+            Request::GetNode => Reply::Node(Box::new(super::super::scheduler::tests::node(&fake.name, &["gvisor", "native"]))),
             Request::StartWorkload { workload, .. } => {
                 let id = workload.id.to_string();
                 let new =
-                    Object { state: State::Pending, status: Box::new(Status::accepted(Some(self.name.clone()))), spec: to_map(&workload) };
+                    Object { state: State::Pending, status: Box::new(Status::accepted(Some(fake.name.clone()))), spec: to_map(&workload) };
                 if !fake.workloads.contains_key(&id) {
                     fake.workloads.insert(id.clone(), new.clone());
                     tell(&mut fake, EventKind::Added, new);
@@ -257,7 +258,8 @@ impl World {
     }
 
     pub(super) fn with_history(history: usize) -> Self {
-        let agent = Arc::new(FakeAgent { name: "node-1".into(), ..FakeAgent::default() });
+        let agent = Arc::<FakeAgent>::default();
+        agent.lock().name = "node-1".into();
         let listener = Listener::bind(&any_port()).expect("a port");
         let node = Server::start(listener, "agent", Arc::new(FakeService(Arc::clone(&agent)))).expect("a thread");
         let node_address = node.address().clone();
@@ -277,9 +279,14 @@ impl World {
     }
 
     pub(super) fn start_agent(&mut self) {
+        self.start_any_agent();
+        eventually("the node is ready again", || self.status("GET", "/readyz", "") == 200);
+    }
+
+    /// Starts what may call itself something else.
+    pub(super) fn start_any_agent(&mut self) {
         let listener = Listener::bind(&self.node_address).expect("the same port");
         self.node = Some(Server::start(listener, "agent", Arc::new(FakeService(Arc::clone(&self.agent)))).expect("a thread"));
-        eventually("the node is ready again", || self.status("GET", "/readyz", "") == 200);
     }
 
     /// Head and body of an answer.
