@@ -372,13 +372,14 @@ impl Dispatch {
         Some(Claim { dispatch: self, id: id.clone() })
     }
 
-    /// Waits until nobody claims a workload, or the time is over.
-    pub(super) fn wait_released(&self, id: &WorkloadId, deadline: Deadline) {
+    /// Waits until nobody claims a workload, or the time is over; whether nobody does.
+    pub(super) fn wait_released(&self, id: &WorkloadId, deadline: Deadline) -> bool {
         let mut claims = lock(&self.claims);
         while claims.contains_key(id) {
-            let Ok(left) = deadline.left() else { return };
+            let Ok(left) = deadline.left() else { return false };
             claims = self.released.wait_timeout(claims, left).unwrap_or_else(PoisonError::into_inner).0;
         }
+        true
     }
 
     /// Takes a place at a node; where there is none, the workload waits for one of those who have.
@@ -488,7 +489,9 @@ mod tests {
         let first = dispatch.claim(&id);
         assert!(first.is_some() && dispatch.claim(&id).is_none());
         assert!(dispatch.waiting.is_empty());
+        assert!(!dispatch.wait_released(&id, Deadline::within_ms(5, "test")), "a claim that is held is no answer");
         drop(first);
+        assert!(dispatch.wait_released(&id, Deadline::within_ms(5, "test")));
         assert_eq!(dispatch.waiting.try_recv(), Ok(id.clone()));
         drop(dispatch.claim(&id));
         assert!(dispatch.waiting.is_empty());

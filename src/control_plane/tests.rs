@@ -12,6 +12,7 @@ use crate::deadline::{Stopwatch, Timestamp};
 use crate::net::line::LineReader;
 use crate::wire::agent::{ErrorCode, Object, Reply};
 use crate::workload::State;
+use store::tests::Scripted;
 use world::{Fault, World, eventually, refusal, soon, workload};
 
 #[test]
@@ -97,6 +98,43 @@ fn what_another_request_was_refused_is_not_confirmed() {
         assert_eq!(first.join().expect("no panic"), 503);
     });
     assert_eq!(world.status("GET", "/workloads/a", ""), 200, "what was accepted is there");
+    world.end();
+}
+
+#[test]
+fn what_was_refused_and_cannot_be_forgotten_is_accepted() {
+    let disk = Scripted::default();
+    let world = World::with_store(store::tests::on(&disk), limits::HISTORY_DEFAULT);
+    let refusal = Reply::error(ErrorCode::Unavailable, "because", None);
+    world.agent.fail("StartWorkload", Fault::SayLate(refusal, Duration::from_millis(300)));
+    thread::scope(|scope| {
+        let post = scope.spawn(|| world.json("POST", "/workloads", &workload("a").to_string()));
+        eventually("the agent was asked", || world.agent.asked("StartWorkload a") == 1);
+        disk.is_full.store(true, Ordering::SeqCst);
+        let (status, object) = post.join().expect("answered");
+        assert_eq!((status, &object["state"]), (201, &json!("Pending")), "it is on disk, and will run");
+        assert_eq!(object["status"]["last_error"], "node-1: the agent says Unavailable: because");
+    });
+    disk.is_full.store(false, Ordering::SeqCst);
+    eventually("it is sent again", || world.agent.lock().workloads.contains_key("a"));
+    world.end();
+}
+
+#[test]
+fn a_post_of_what_goes_away_meanwhile_begins_again() {
+    let world = World::new();
+    world.post("a");
+    let late = Reply::error(ErrorCode::Unavailable, "because", None);
+    world.agent.fail("GetStatus", Fault::SayLate(late, Duration::from_millis(1500)));
+    thread::scope(|scope| {
+        let again = scope.spawn(|| world.status("POST", "/workloads", &workload("a").to_string()));
+        eventually("the agent was asked", || world.agent.asked("GetStatus a") == 1);
+        assert_eq!(world.status("DELETE", "/workloads/a", ""), 202);
+        eventually("it is gone", || world.json("GET", "/workloads", "").1["items"] == json!([]));
+        assert_eq!(again.join().expect("answered"), 201, "not the one that is gone");
+    });
+    assert_eq!(world.get("a")["state"], "Pending");
+    assert_eq!(world.agent.asked("StartWorkload a"), 2);
     world.end();
 }
 

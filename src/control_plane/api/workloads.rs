@@ -7,14 +7,14 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 
 use super::super::node_client::Error;
 use super::super::scheduler::{self, Candidate, Placement};
-use super::super::store::{Insertion, LabelPatch, Record, Wish};
+use super::super::store::{self, Insertion, LabelPatch, Record, Wish};
 use super::super::{monitor, profiles};
 use super::selector::Selector;
 use super::{Answer, Api, CLASS_REQUIRED, Call, Refusal, body, patch_body};
 use crate::deadline::Deadline;
 use crate::http::{Request, Response, Status};
 use crate::limits;
-use crate::report::random_id;
+use crate::report::{Chain, random_id};
 use crate::wire::agent::Until;
 use crate::wire::api::{Page, PatchBody, to_json};
 use crate::wire::{Problems, workload};
@@ -39,8 +39,9 @@ impl Api {
     fn try_create(&self, call: &Call<'_>) -> Result<Option<Response>, Refusal> {
         let wait = wait_ms(call.request)?.map(|ms| (Until::Started, ms));
         let draft = read_draft(call.request)?;
-        if let Some(existing) = draft.id.as_ref().and_then(|id| self.plane.store.get(id)).and_then(|record| self.settled(record)) {
-            return self.again(&existing, existing.is_for(&draft), wait).map(Some);
+        let existing = draft.id.as_ref().and_then(|id| self.plane.store.get(id));
+        if let Some(existing) = existing.map(|record| self.settled(record)).transpose()?.flatten() {
+            return self.again(&existing, existing.is_for(&draft), wait);
         }
         let choice = profiles::choose(&draft)?;
         let Placement { node, class, rejected } = self.place(&choice, &draft.spec)?;
@@ -51,8 +52,8 @@ impl Api {
         let mut record = match self.plane.store.insert(record)? {
             Insertion::Existing(existing) => {
                 drop(claim);
-                let Some(existing) = self.settled(existing) else { return Ok(None) };
-                return self.again(&existing, existing.workload == workload, wait).map(Some);
+                let Some(existing) = self.settled(existing)? else { return Ok(None) };
+                return self.again(&existing, existing.workload == workload, wait);
             }
             Insertion::Inserted(record) => record,
         };
@@ -60,10 +61,17 @@ impl Api {
         if let Some(claim) = claim {
             match self.plane.start(&record) {
                 Ok(started) => record = started.unwrap_or(record),
-                Err(Error::Refused(reply)) => {
-                    self.plane.store.remove(&id, record.born)?;
-                    return Err(Refusal::refused(&record.node, reply));
-                }
+                Err(Error::Refused(reply)) => match self.plane.store.remove(&id, record.born) {
+                    Ok(()) => return Err(Refusal::refused(&record.node, reply)),
+                    // It may be gone yet, and may not: whoever asks again finds out.
+                    Err(error @ store::Error::Slow) => return Err(error.into()),
+                    // It is kept, so it is accepted: the disk that did not take it back has it, and its agent will be asked again.
+                    Err(error) => {
+                        log::error!("{id}: its agent refused it, and it cannot be forgotten: {}", Chain(&error));
+                        record = self.plane.trouble(&record, &Error::Refused(reply)).unwrap_or(record);
+                        self.plane.dispatch.nudge(&id);
+                    }
+                },
                 // It may have arrived. A dispatcher sends it again, and will learn what became of it.
                 Err(error) => {
                     record = self.plane.trouble(&record, &error).unwrap_or(record);
@@ -80,25 +88,29 @@ impl Api {
     }
 
     /// The record, once it is certain that it stays: one whose agent was not heard yet may be refused, and then was never there.
-    fn settled(&self, record: Arc<Record>) -> Option<Arc<Record>> {
+    fn settled(&self, record: Arc<Record>) -> Result<Option<Arc<Record>>, Refusal> {
         if record.is_known || record.state.is_terminal() || record.desired != Desired::Run {
-            return Some(record);
+            return Ok(Some(record));
         }
         let id = &record.workload.id;
-        self.plane.dispatch.wait_released(id, Deadline::within_ms(limits::NODE_REQUEST_MS_MAX, "placement"));
-        self.plane.store.get(id)
+        // The agent's answer, and the removal that may follow it.
+        let deadline = Deadline::within_ms(limits::NODE_REQUEST_MS_MAX.saturating_add(limits::STORE_MS_MAX), "placement");
+        if self.plane.dispatch.wait_released(id, deadline) {
+            return Ok(self.plane.store.get(id));
+        }
+        let detail = "it is not decided yet whether the workload of this id is accepted; try again";
+        Err(Refusal::new(Status::Unavailable, "node_unavailable", detail))
     }
 
-    /// Answers a POST of an id that is taken.
-    fn again(&self, existing: &Arc<Record>, is_same: bool, wait: Option<(Until, u64)>) -> Answer {
+    /// Answers a POST of an id that is taken; `None` when it is not any more.
+    fn again(&self, existing: &Arc<Record>, is_same: bool, wait: Option<(Until, u64)>) -> Result<Option<Response>, Refusal> {
         if existing.desired == Desired::Deleted {
             return Err(Refusal::new(Status::Conflict, "workload_deleting", "the workload of this id is being deleted; try again later"));
         }
         if !is_same {
             return Err(Refusal::new(Status::Conflict, "workload_exists", "another workload has this id"));
         }
-        let record = self.plane.refresh(existing, wait);
-        Ok(object(Status::Ok, record.as_deref().unwrap_or(existing)))
+        Ok(self.plane.refresh(existing, wait).map(|record| object(Status::Ok, &record)))
     }
 
     fn place(&self, choice: &profiles::Choice, spec: &Spec) -> Result<Placement, Refusal> {

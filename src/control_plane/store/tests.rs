@@ -183,11 +183,11 @@ type Rows = Vec<(String, bool)>;
 
 /// A disk that does what it is told, and remembers what it was given.
 #[derive(Clone, Default)]
-struct Scripted {
+pub(crate) struct Scripted {
     /// Commits wait as long as this is set.
     is_stuck: Arc<AtomicBool>,
     begun: Arc<AtomicU64>,
-    is_full: Arc<AtomicBool>,
+    pub(crate) is_full: Arc<AtomicBool>,
     commits: Arc<Mutex<Vec<Rows>>>,
     revision: Arc<AtomicU64>,
 }
@@ -219,7 +219,7 @@ fn until(what: &str, mut is_so: impl FnMut() -> bool) {
     }
 }
 
-fn on(disk: &Scripted) -> Store {
+pub(crate) fn on(disk: &Scripted) -> Store {
     Store::start(disk.clone(), Loaded::default()).expect("a thread")
 }
 

@@ -258,13 +258,17 @@ impl World {
     }
 
     pub(super) fn with_history(history: usize) -> Self {
+        Self::with_store(Store::forgetful(), history)
+    }
+
+    pub(super) fn with_store(store: Store, history: usize) -> Self {
         let agent = Arc::<FakeAgent>::default();
         agent.lock().name = "node-1".into();
         let listener = Listener::bind(&any_port()).expect("a port");
         let node = Server::start(listener, "agent", Arc::new(FakeService(Arc::clone(&agent)))).expect("a thread");
         let node_address = node.address().clone();
         let name = Name::new("node-1").expect("a name");
-        let running = Running::start(vec![(name, node_address.clone())], Store::forgetful(), history).expect("threads");
+        let running = Running::start(vec![(name, node_address.clone())], store, history).expect("threads");
         let api = Api::new(Arc::clone(&running.plane), false);
         let http = Server::start(Listener::bind(&any_port()).expect("a port"), "http", Arc::new(Http(api))).expect("a thread");
         let world = Self { agent, node: Some(node), node_address, running, http };
