@@ -6,6 +6,7 @@
 //! Invariant: a terminal state never changes, whatever an agent says ([`Record::observed`]).
 //! Invariant: a record is replaced, never changed in place; who holds one holds a moment of it.
 
+use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -148,11 +149,20 @@ impl Record {
     }
 
     /// The record after its agent said this; `None` when it contradicts what is known already, or is older and no step forward.
+    ///
+    /// An agent counts restarts and attempts, and neither goes down but when it lost its journal. So what is told of a later run is
+    /// news whatever its time; within one run it is news when it is younger or a step forward; and what is told of an earlier run is
+    /// only believed when it is strictly younger: then the agent has begun to count anew, and it alone knows how it is.
     pub(in super::super) fn observed(&self, state: State, status: Status) -> Option<Self> {
-        let is_no_news = self.is_known && is_stale(&status, &self.status) && state <= self.state;
+        let (old_run, new_run) = (run_of(&self.status), run_of(&status));
+        let is_older_news = match new_run.cmp(&old_run) {
+            Ordering::Greater => false,
+            Ordering::Equal => is_stale(&status, &self.status) && state <= self.state,
+            Ordering::Less => is_stale(&status, &self.status) || status.observed_at == self.status.observed_at,
+        };
+        let is_no_news = self.is_known && is_older_news;
         // From Running to Pending is a restart by the agent's policy, and those are counted; anything else is a word that was overtaken.
-        let is_restart = status.restarts > self.status.restarts || status.attempt > self.status.attempt;
-        let is_overtaken = (self.state, state) == (State::Running, State::Pending) && !is_restart;
+        let is_overtaken = (self.state, state) == (State::Running, State::Pending) && new_run == old_run;
         if is_no_news || is_overtaken || !self.state.may_become(state) {
             return None;
         }
@@ -197,6 +207,11 @@ impl Record {
         }
         Object { state: self.state, status, spec: to_map(&self.workload) }
     }
+}
+
+/// Which run of a workload a status tells of; a later one is greater.
+fn run_of(status: &Status) -> (u32, u32) {
+    (status.restarts, status.attempt)
 }
 
 /// An event may arrive behind the answer to a later question. A node whose clock was set back is believed again after a minute.

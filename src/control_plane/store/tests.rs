@@ -139,6 +139,25 @@ fn only_a_restart_leads_back_to_pending() {
 }
 
 #[test]
+fn a_word_of_an_earlier_run_undoes_no_restart() {
+    let at = |second: u32, run: u32| {
+        let observed_at = Timestamp::parse(&format!("2020-01-01T00:00:{second:02}Z")).expect("a time");
+        Status { observed_at, attempt: run, restarts: run, ..Status::accepted(None) }
+    };
+    let first = record("a").observed(State::Running, at(10, 0)).expect("news");
+    let restarted = first.observed(State::Pending, at(20, 1)).expect("news");
+    assert_eq!(restarted.observed(State::Running, at(15, 0)), None, "the answer to a question before the restart");
+    assert_eq!(restarted.observed(State::Running, at(20, 0)), None, "of the same moment");
+    assert_eq!(restarted.observed(State::Failed, at(15, 0)), None, "the end of a run is not that of the workload");
+    assert!(first.observed(State::Pending, at(5, 1)).is_some(), "a restart is one, whatever the clock says");
+    let again = restarted.observed(State::Running, at(25, 1)).expect("news");
+    assert_eq!(again.observed(State::Pending, at(26, 1)), None, "overtaken");
+    // It lost its journal, and counts from the sandbox that it found.
+    let counted_anew = Status { restarts: 0, ..at(30, 1) };
+    assert_eq!(again.observed(State::Running, counted_anew).map(|record| record.status.restarts), Some(0));
+}
+
+#[test]
 fn the_same_workload_is_recognised_however_its_class_was_chosen() {
     let name = |text| Name::new(text).ok();
     let by_profile = draft(r#"{"id":"a","image":"busybox","security_profile":"internal"}"#);
