@@ -254,7 +254,8 @@ fn has_labels(event: &Event, record: &Record) -> bool {
 /// moment ago may not have seen yet what its runtime has.
 fn is_sure_of_missing(plane: &Plane, node: &Node, listed: &HashSet<WorkloadId>) -> bool {
     let is_missing = |record: &Record| {
-        record.node == node.name && record.is_known && !record.state.is_terminal() && !listed.contains(&record.workload.id)
+        let was_there = record.is_known || record.has_run;
+        record.node == node.name && was_there && !record.state.is_terminal() && !listed.contains(&record.workload.id)
     };
     let missing = plane.store.page(None, usize::MAX, is_missing).records;
     let asked = missing.iter().take_while(|_| !plane.stopping.is_set());

@@ -13,8 +13,9 @@
 //! Invariant: no start is sent of what was ever seen to run ([`Record::has_run`]). What was not is sent again when its agent says that
 //! it has no such workload; an agent says so only once it has listed its runtime, which keeps what it ever started.
 //! Invariant: no workload is deleted at an agent but one whose record says so; what an agent has and nobody here knows is left alone.
-//! Invariant: nothing here invents a state: what an agent did not say stays as old as its `observed_at`. The one exception is a
-//! workload that never ran and never will, which is Failed.
+//! Invariant: nothing here invents a state: what an agent did not say stays as old as its `observed_at`. The two exceptions are a
+//! workload that never ran and never will, and one that ran and that its agent, having listed its runtimes, knows nothing of: both are
+//! Failed, the latter without an exit code.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -270,6 +271,10 @@ impl Plane {
     /// Notes that an agent did not do or say what it was asked to.
     pub(super) fn trouble(&self, record: &Arc<Record>, error: &Error) -> Option<Arc<Record>> {
         self.amend(record, |current| {
+            // It ran already when its agent was asked: a question that overtook the start is answered in the same words.
+            if is_unknown(error) && record.has_run && !current.state.is_terminal() && current.desired != Desired::Deleted {
+                return Some(current.lost(format!("{}: its agent does not know it any more; how it ended is not known", record.node)));
+            }
             // Sent again, unless it ever ran: then a second start could be a second run.
             let is_known = current.is_known && !(is_unknown(error) && current.state == State::Pending && !current.has_run);
             let next = || Record { is_known, ..current.troubled(trouble_text(&record.node, error)) };

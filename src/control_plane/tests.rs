@@ -11,7 +11,7 @@ use super::*;
 use crate::deadline::{Stopwatch, Timestamp};
 use crate::net::line::LineReader;
 use crate::wire::agent::{ErrorCode, Object, Reply};
-use crate::workload::State;
+use crate::workload::{State, WorkloadId};
 use store::tests::Scripted;
 use world::{Fault, World, eventually, refusal, soon, workload};
 
@@ -193,12 +193,12 @@ fn a_silent_agent_leaves_the_last_truth() {
     world.agent.lock().workloads.clear();
     world.start_agent();
     eventually("what never ran is sent again", || world.agent.lock().workloads.contains_key("pending"));
-    eventually("the loss is noted", || world.get("running")["status"]["last_error"] == "node-1: the agent does not know it");
-    assert_eq!((&world.get("running")["state"], world.agent.asked("StartWorkload running")), (&json!("Running"), 1));
-    assert_eq!(world.status("POST", "/workloads/running/stop", ""), 202);
-    eventually("the agent is asked to stop it", || world.agent.asked("StopWorkload running") > 0);
-    assert_eq!((&world.get("running")["state"], &world.get("running")["status"]["exit_code"]), (&json!("Running"), &Value::Null));
-    assert!(world.agent.asked("StopWorkload running") < 5, "attempts have pauses");
+    eventually("the loss is noted", || world.json("GET", "/workloads?state=Failed", "").1["items"][0]["id"] == "running");
+    let lost = world.get("running");
+    let status = &lost["status"];
+    assert_eq!((&lost["state"], &status["reason"], &status["exit_code"]), (&json!("Failed"), &json!("SandboxDied"), &Value::Null));
+    assert_eq!(status["message"], "node-1: its agent does not know it any more; how it ended is not known");
+    assert_eq!((&status["finished_at"], world.agent.asked("StartWorkload running")), (&Value::Null, 1));
     assert_eq!(world.status("DELETE", "/workloads/running", ""), 202);
     eventually("it is forgotten", || world.status("GET", "/workloads/running", "") == 404);
     world.end();
@@ -224,6 +224,21 @@ fn a_node_that_always_has_news_does_not_hold_up_a_stop() {
     is_over.store(true, Ordering::SeqCst);
     news.join().expect("no panic");
     assert!(stopped_ms < 8000, "{stopped_ms} ms");
+}
+
+#[test]
+fn a_question_that_overtook_the_start_loses_nothing() {
+    let world = World::new();
+    let early = world.post("a");
+    let id = WorkloadId::new(early["id"].as_str().expect("an id")).expect("an id");
+    // As it was when the question was sent: not seen to run.
+    let asked = world.running.plane.store.get(&id).expect("there");
+    world.agent.set("a", State::Running, |_| {});
+    assert_eq!(world.get("a")["state"], "Running");
+    let Reply::Error(refusal) = Reply::error(ErrorCode::NotFound, "no such workload", None) else { panic!("no error") };
+    let after = world.running.plane.trouble(&asked, &node_client::Error::Refused(refusal)).expect("there");
+    assert_eq!(after.state, State::Running);
+    world.end();
 }
 
 #[test]
@@ -542,12 +557,12 @@ fn what_ran_is_never_started_again_not_even_between_two_attempts() {
     world.agent.set("a", State::Pending, |status| (status.attempt, status.restarts) = (1, 1));
     assert_eq!((&world.get("a")["state"], &world.get("a")["status"]["restarts"]), (&json!("Pending"), &json!(1)));
     world.stop_agent();
+    assert_eq!(world.status("POST", "/workloads/a/stop", ""), 202);
     world.agent.lock().workloads.clear();
     world.start_agent();
-    eventually("the loss is noted", || world.get("a")["status"]["last_error"] == "node-1: the agent does not know it");
-    assert_eq!(world.status("POST", "/workloads/a/stop", ""), 202);
-    eventually("a stop is sent", || world.agent.asked("StopWorkload a") > 0);
-    assert_eq!(world.get("a")["state"], "Pending", "how it ended nobody knows");
+    eventually("the loss is noted", || world.get("a")["state"] == "Failed");
+    let status = &world.get("a")["status"];
+    assert_eq!((&status["reason"], &status["exit_code"]), (&json!("SandboxDied"), &Value::Null), "whether the stop ended it nobody knows");
     assert_eq!(world.agent.asked("StartWorkload a"), 1);
     world.end();
 }

@@ -190,6 +190,20 @@ impl Record {
         self.with(State::Failed, status)
     }
 
+    /// The record of what ran, and of which its agent is sure that there is nothing any more. How it ended nobody knows.
+    pub(in super::super) fn lost(&self, message: String) -> Self {
+        let message = Some(clip(message, limits::MESSAGE_BYTES_MAX));
+        let status = Status {
+            reason: Some(Reason::SandboxDied),
+            message,
+            phase: None,
+            exit_code: None,
+            observed_at: Timestamp::now(),
+            ..self.status.clone()
+        };
+        Self { is_known: false, ..self.with(State::Failed, status) }
+    }
+
     fn with(&self, state: State, status: Status) -> Self {
         Self { state, status, ..self.clone() }
     }
