@@ -39,6 +39,9 @@ use disk::{Disk, Loaded, StoreFile};
 pub(super) use record::{LabelPatch, Record, Wish};
 use watch::{Change, History, Kept, Next};
 
+/// A truth that only grew younger is written when it is of another minute.
+const AGE_KEPT_MS: u64 = 60_000;
+
 /// Why the store did not take a change.
 #[derive(Clone, Debug)]
 pub(super) enum Error {
@@ -268,17 +271,33 @@ impl Store {
     }
 
     /// Notes what is known of a workload, as `change` makes it of the record, or leaves it where that is `None`; the record as it is
-    /// then. What is wished stays as it is, whatever `change` makes of it.
+    /// then. What is wished stays as it is, whatever `change` makes of it. A truth that only grew younger is no change that anybody
+    /// follows, and goes to disk once in a while: else whoever looks at a workload would change it.
     pub(super) fn note(&self, id: &WorkloadId, change: impl FnOnce(&Record) -> Option<Record>) -> Result<Option<Arc<Record>>, Error> {
         let mut index = self.shared.lock();
         let Some(current) = index.records.get(id).map(Arc::clone) else { return Ok(None) };
         let Some(next) = change(&current) else { return Ok(Some(current)) };
+        let Record { workload, node, desired, born, .. } = current.as_ref().clone();
+        let next = Record { workload, node, desired, born, revision: current.revision, ..next };
+        if next == *current {
+            return Ok(Some(current));
+        }
+        if next.is_but_older_or_younger(&current) {
+            let after = Arc::new(next);
+            index.records.insert(id.clone(), Arc::clone(&after));
+            let minute = |record: &Record| record.status.observed_at.as_millis() / AGE_KEPT_MS;
+            if minute(&after) != minute(&current) {
+                index.dirty.insert(id.clone());
+                drop(index);
+                self.shared.poke();
+            }
+            return Ok(Some(after));
+        }
         if index.revision >= index.reserved {
             self.shared.poke();
             return Err(Error::Revisions);
         }
-        let Record { workload, node, desired, born, .. } = current.as_ref().clone();
-        let after = index.publish(id, Some(Record { workload, node, desired, born, ..next }));
+        let after = index.publish(id, Some(next));
         index.dirty.insert(id.clone());
         drop(index);
         self.shared.poke();

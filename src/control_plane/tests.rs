@@ -704,6 +704,24 @@ fn changes_are_told_in_order_and_can_be_had_again() {
 }
 
 #[test]
+fn looking_at_a_workload_changes_nothing() {
+    let world = World::new();
+    world.post("a");
+    world.agent.set("a", State::Running, |_| {});
+    eventually("the event arrived", || world.json("GET", "/workloads?state=Running", "").1["items"][0]["id"] == "a");
+    let first = world.get("a");
+    let newest = |world: &World| world.running.plane.store.kept().newest;
+    let before = newest(&world);
+    for _ in 0..100 {
+        world.get("a");
+    }
+    assert_eq!(newest(&world), before);
+    let time = |object: &Value| Timestamp::parse(object["status"]["observed_at"].as_str().expect("a time")).expect("a time");
+    eventually("its truth grows younger all the same", || time(&world.get("a")) > time(&first));
+    world.end();
+}
+
+#[test]
 fn browsers_get_server_sent_events() {
     let world = World::new();
     let mut events = Events::of(&world, "/events", "Accept: text/event-stream\r\n");
@@ -751,7 +769,7 @@ fn one_that_falls_behind_is_told() {
         let noted = world.running.plane.store.note(&id, |record| Some(record.troubled(format!("{i} {text}"))));
         assert!(noted.is_ok());
         let mut large = world.running.plane.store.get(&id).expect("there").as_ref().clone();
-        large.status.message = Some(text.clone());
+        large.status.message = Some(format!("{i} {text}"));
         assert!(world.running.plane.store.note(&id, |_| Some(large)).is_ok());
     }
     let last = std::iter::repeat_with(|| slow.next()).find(|line| line["event"] == "GONE").expect("an end");

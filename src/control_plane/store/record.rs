@@ -177,6 +177,12 @@ impl Record {
         Some(Self { is_known: true, has_run, ..self.with(state, placed) })
     }
 
+    /// Whether it says the same, of another time.
+    pub(super) fn is_but_older_or_younger(&self, other: &Self) -> bool {
+        let status = Status { observed_at: other.status.observed_at, ..self.status.clone() };
+        *other == Self { status, ..self.clone() }
+    }
+
     /// The record with the last thing that went wrong; the truth stays as old as it is.
     pub(in super::super) fn troubled(&self, error: String) -> Self {
         self.with(self.state, Status { last_error: Some(clip(error, limits::MESSAGE_BYTES_MAX)), ..self.status.clone() })

@@ -113,6 +113,26 @@ fn wishes_and_knowledge_do_not_touch_each_other() {
 }
 
 #[test]
+fn a_truth_that_only_grew_younger_is_no_change() {
+    let disk = Scripted::default();
+    let store = on(&disk);
+    inserted(&store, "a");
+    let at = |text: &str| Status { observed_at: Timestamp::parse(text).expect("a time"), ..Status::accepted(None) };
+    let say = |text: &str| store.note(&id("a"), |record| record.observed(State::Running, at(text))).expect("noted").expect("there");
+    let first = say("2020-01-01T00:00:00Z");
+    let commits = || disk.commits.lock().expect("not poisoned").len();
+    until("it is written", || commits() == 3);
+    assert_eq!(say("2020-01-01T00:00:00Z"), first);
+    let later = say("2020-01-01T00:00:59Z");
+    assert_eq!((later.revision, store.kept().newest), (first.revision, first.revision), "nobody is told");
+    assert_eq!(store.get(&id("a")).expect("there").status.observed_at, later.status.observed_at, "whoever asks sees it");
+    assert!(store.shared.lock().dirty.is_empty());
+    say("2020-01-01T00:01:00Z");
+    until("it is written once in a while", || commits() == 4);
+    assert_eq!(store.kept().newest, first.revision);
+}
+
+#[test]
 fn terminal_stays_and_old_news_is_no_news() {
     let at = |text: &str| Status { observed_at: Timestamp::parse(text).expect("a time"), ..Status::accepted(None) };
     let fresh = record("a");
@@ -289,7 +309,8 @@ fn no_revision_is_told_beyond_what_is_reserved() {
     inserted(&store, "a");
     disk.is_full.store(true, Ordering::SeqCst);
     store.shared.lock().revision = disk.revision.load(Ordering::SeqCst) - 1;
-    let trouble = || store.note(&id("a"), |record| Some(record.troubled("x".into())));
+    let next = AtomicU64::new(0);
+    let trouble = || store.note(&id("a"), |record| Some(record.troubled(next.fetch_add(1, Ordering::SeqCst).to_string())));
     assert!(trouble().is_ok());
     assert!(matches!(trouble(), Err(Error::Revisions)));
     disk.is_full.store(false, Ordering::SeqCst);
