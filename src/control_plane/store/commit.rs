@@ -1,16 +1,21 @@
 //! The thread `store`: takes what waits, finds out what becomes of it, makes that last with one commit, and publishes it.
 //!
+//! A panic of the disk is an error of the disk: it is noted, told, and tried again. A panic of anything else here leaves an index that
+//! nobody vouches for and a process that looks alive and takes nothing: it ends, and the next start reads what is on disk.
+//!
 //! While a commit is under way the next batch gathers, so that those who ask at the same time share its syncs.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, select};
 
-use super::disk::{Batch, Disk};
+use super::disk::{self, Batch, Disk};
 use super::{Error, Index, Record, Shared, Wish};
 use crate::failpoint;
 use crate::limits;
@@ -61,10 +66,23 @@ pub(super) fn start(
     let body = move || {
         // Dropped with the thread, whichever way it ends, and after the disk.
         let _is_done = is_done;
+        let _end = EndOnPanic;
         let mut writer = writer;
         writer.run(&orders, &poked);
     };
     thread::Builder::new().name("store".into()).stack_size(limits::STORE_STACK_BYTES).spawn(body)
+}
+
+/// Ends the process when the thread that holds it panics.
+struct EndOnPanic;
+
+impl Drop for EndOnPanic {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            log::error!("thread store panicked; the process ends, so that the next one reads what is on disk");
+            process::abort();
+        }
+    }
 }
 
 struct Writer<D> {
@@ -113,7 +131,9 @@ impl<D: Disk> Writer<D> {
         let batch = Batch { rows, revision };
         let kinds = kinds(&orders, &dirty);
         kinds.iter().for_each(|kind| failpoint::pass(&format!("control_plane-{kind}-before")));
-        match self.disk.commit(&batch) {
+        // Whatever the disk was amidst of, it opens its file anew before it writes again.
+        let result = catch_unwind(AssertUnwindSafe(|| self.disk.commit(&batch)));
+        match result.unwrap_or(Err(disk::Error::Panicked)) {
             Ok(()) => {
                 kinds.iter().for_each(|kind| failpoint::pass(&format!("control_plane-{kind}-after")));
                 metrics::STORE_COMMITS.add_one();

@@ -64,7 +64,8 @@ pub(super) trait Disk: Send {
     /// Makes all of a batch last, or nothing of it that anybody would see.
     ///
     /// # Errors
-    /// [`Error`]; then nobody knows whether it lasts, until a later commit writes the same rows again.
+    /// [`Error`]; then nobody knows whether it lasts, until a later commit writes the same rows again. A panic is one too, after which
+    /// the next commit must find a disk that it can use.
     fn commit(&mut self, batch: &Batch) -> Result<(), Error>;
 }
 
@@ -118,6 +119,8 @@ pub(in super::super) enum Error {
     Lines(Vec<(u64, String)>),
     /// There is no store to read.
     Missing(PathBuf),
+    /// The code that reads and writes the file panicked.
+    Panicked,
     /// Standard input or output failed.
     Pipe(io::Error),
     /// No thread can be made.
@@ -163,6 +166,7 @@ impl fmt::Display for Error {
                 lines.iter().try_for_each(|(number, what)| write!(f, "\n  line {number}: {what}"))
             }
             Self::Missing(path) => write!(f, "there is no {}", path.display()),
+            Self::Panicked => f.write_str("what writes the store panicked (see above); its file is opened anew"),
             Self::Pipe(_) => f.write_str("standard input or output failed"),
             Self::Thread(_) => f.write_str("cannot start a thread"),
         }
@@ -173,7 +177,13 @@ impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
             Self::Directory { cause, .. } | Self::Io { cause, .. } | Self::Pipe(cause) | Self::Thread(cause) => Some(cause),
-            Self::Damaged { .. } | Self::Exists(_) | Self::Format { .. } | Self::InUse(_) | Self::Lines(_) | Self::Missing(_) => None,
+            Self::Damaged { .. }
+            | Self::Exists(_)
+            | Self::Format { .. }
+            | Self::InUse(_)
+            | Self::Lines(_)
+            | Self::Missing(_)
+            | Self::Panicked => None,
         }
     }
 }

@@ -227,6 +227,7 @@ pub(crate) struct Scripted {
     is_stuck: Arc<AtomicBool>,
     begun: Arc<AtomicU64>,
     pub(crate) is_full: Arc<AtomicBool>,
+    is_panicking: Arc<AtomicBool>,
     commits: Arc<Mutex<Vec<Rows>>>,
     revision: Arc<AtomicU64>,
 }
@@ -235,6 +236,7 @@ impl Disk for Scripted {
     fn commit(&mut self, batch: &Batch) -> Result<(), disk::Error> {
         self.begun.fetch_add(1, Ordering::SeqCst);
         until("it is not stuck", || !self.is_stuck.load(Ordering::SeqCst));
+        assert!(!self.is_panicking.load(Ordering::SeqCst), "told to");
         if self.is_full.load(Ordering::SeqCst) {
             let cause = redb_full();
             return Err(cause);
@@ -300,6 +302,21 @@ fn what_the_disk_does_not_take_never_was() {
     until("it is written", || rows() == BTreeSet::from([("kept".to_owned(), true), ("more".to_owned(), false)]));
     until("all is well", || store.trouble().is_none());
     inserted(&store, "more");
+}
+
+#[test]
+fn a_disk_that_panics_failed_and_is_tried_again() {
+    let disk = Scripted::default();
+    let store = on(&disk);
+    inserted(&store, "a");
+    disk.is_panicking.store(true, Ordering::SeqCst);
+    assert!(matches!(store.insert(record("b")), Err(Error::Disk(cause)) if matches!(*cause, disk::Error::Panicked)));
+    assert!(store.trouble().is_some_and(|trouble| trouble.contains("panicked")), "readiness says so");
+    assert!(matches!(store.insert(record("b")), Err(Error::Disk(_))));
+    disk.is_panicking.store(false, Ordering::SeqCst);
+    until("all is well", || store.trouble().is_none());
+    inserted(&store, "b");
+    store.close();
 }
 
 #[test]
