@@ -16,7 +16,7 @@ use crate::deadline::Timestamp;
 use crate::limits;
 use crate::report::clip;
 use crate::wire::agent::Object;
-use crate::wire::status::{Placement, Status};
+use crate::wire::status::{Isolation, Placement, Status};
 use crate::wire::stored::Stored;
 use crate::wire::workload::to_map;
 use crate::workload::{Desired, Draft, Name, Phase, Reason, Spec, State, Workload};
@@ -171,7 +171,7 @@ impl Record {
             node: Some(self.node.to_string()),
             created_at: self.status.created_at,
             placement: self.status.placement.clone(),
-            ..status
+            ..clipped(status)
         };
         let has_run = self.has_run || state == State::Running || placed.started_at.is_some() || placed.restarts > 0;
         Some(Self { is_known: true, has_run, ..self.with(state, placed) })
@@ -226,6 +226,37 @@ impl Record {
             status.phase = Some(Phase::Stopping);
         }
         Object { state: self.state, status, spec: to_map(&self.workload) }
+    }
+}
+
+/// With no text longer than `MESSAGE_BYTES_MAX`: an agent's word is kept in memory, in the history and on disk.
+fn clipped(status: Status) -> Status {
+    let clip = |text: Option<String>| text.map(|text| clip(text, limits::MESSAGE_BYTES_MAX));
+    let Isolation { verified, handler, kernel, host_kernel, message } = status.isolation;
+    let isolation =
+        Isolation { verified, handler: clip(handler), kernel: clip(kernel), host_kernel: clip(host_kernel), message: clip(message) };
+    Status {
+        reason: status.reason,
+        message: clip(status.message),
+        phase: status.phase,
+        node: clip(status.node),
+        attempt: status.attempt,
+        restarts: status.restarts,
+        exit_code: status.exit_code,
+        oom_killed: status.oom_killed,
+        sandbox_id: clip(status.sandbox_id),
+        container_id: clip(status.container_id),
+        image_digest: clip(status.image_digest),
+        ip: clip(status.ip),
+        handler: clip(status.handler),
+        isolation,
+        created_at: status.created_at,
+        started_at: status.started_at,
+        finished_at: status.finished_at,
+        observed_at: status.observed_at,
+        timings_ms: status.timings_ms,
+        placement: status.placement,
+        last_error: clip(status.last_error),
     }
 }
 

@@ -535,6 +535,30 @@ fn an_export_is_a_store_again() {
 }
 
 #[test]
+fn what_an_agent_says_at_length_is_clipped_and_exported() {
+    let long = || Some("\u{1}".repeat(limits::LINE_BYTES_MAX / 8));
+    let mut status = Status { message: long(), sandbox_id: long(), ip: long(), last_error: long(), ..Status::accepted(None) };
+    status.isolation.kernel = long();
+    let said = record("a").observed(State::Running, status).expect("news");
+    let texts = [&said.status.message, &said.status.sandbox_id, &said.status.ip, &said.status.last_error, &said.status.isolation.kernel];
+    assert!(texts.iter().all(|text| text.as_ref().is_some_and(|text| text.len() == limits::MESSAGE_BYTES_MAX)));
+
+    // What the version before wrote: a workload, and what filled a whole line of an agent.
+    let dir = Dir::new();
+    let store = Store::open(&dir.0).expect("opened");
+    let mut large = record("a");
+    large.status.message = Some("x".repeat(limits::LINE_BYTES_MAX - 1024));
+    let env = [("X".to_owned(), crate::workload::Secret::new("y".repeat(32 * 1024)))].into();
+    let workload = large.workload.as_ref().clone();
+    large.workload = Arc::new(crate::workload::Workload { spec: crate::workload::Spec { env, ..workload.spec }, ..workload });
+    store.insert(large).expect("kept");
+    store.close();
+    let mut lines = Vec::new();
+    transfer::export(&dir.0, &mut lines).expect("exported");
+    assert_eq!(transfer::import(&Dir::new().0, &lines[..]).expect("imported"), 1);
+}
+
+#[test]
 fn an_import_names_every_bad_line_and_leaves_nothing() {
     let dir = Dir::new();
     filled(&dir).close();

@@ -8,7 +8,10 @@ use super::disk::{self, Error, FORMAT, Loaded, StoreFile};
 use crate::limits;
 use crate::wire::stored::{Line, Stored};
 
-/// Writes the store of a data directory.
+/// What an agent says is clipped, but a store of a version that did not may have a row of a whole body and a whole line of an agent.
+const ROW_BYTES_MAX: usize = 2 * limits::LINE_BYTES_MAX;
+
+/// Writes the store of a data directory. Every row was read, so that an import reads it too, unless it is too long for that.
 ///
 /// # Errors
 /// [`Error`]
@@ -17,7 +20,14 @@ pub(in super::super) fn export(dir: &Path, out: impl Write) -> Result<usize, Err
     let (_file, Loaded { records, revision }) = StoreFile::open(dir)?;
     let count = records.len();
     let mut out = BufWriter::new(out);
-    let mut put = |line: &Line| writeln!(out, "{}", line.to_json()).map_err(Error::Pipe);
+    let mut put = |line: &Line| {
+        let text = line.to_json();
+        if text.len() >= ROW_BYTES_MAX {
+            let what = format!("a row of {} bytes, and {ROW_BYTES_MAX} are the most", text.len());
+            return Err(Error::Damaged { path: dir.to_owned(), what });
+        }
+        writeln!(out, "{text}").map_err(Error::Pipe)
+    };
     put(&Line::Store { format: FORMAT, revision })?;
     for stored in records {
         put(&Line::Workload(Box::new(stored)))?;
@@ -46,7 +56,7 @@ fn read(mut input: impl BufRead) -> Result<Loaded, Error> {
     let mut line = Vec::new();
     for number in 1.. {
         line.clear();
-        let bytes_max = u64::try_from(limits::LINE_BYTES_MAX).unwrap_or(u64::MAX);
+        let bytes_max = u64::try_from(ROW_BYTES_MAX).unwrap_or(u64::MAX);
         input.by_ref().take(bytes_max).read_until(b'\n', &mut line).map_err(Error::Pipe)?;
         if line.is_empty() {
             reading.end(number);

@@ -8,9 +8,12 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use serde_json::Value;
+
 use super::Record;
 use crate::deadline::Timestamp;
 use crate::limits;
+use crate::wire::status::{Isolation, Status};
 
 /// A record was inserted (no `before`), changed, or removed (no `after`).
 #[derive(Debug)]
@@ -29,13 +32,20 @@ impl Change {
             let spec = &record.workload.spec;
             let words = spec.command.iter().chain(&spec.args).map(String::len).sum::<usize>();
             let env = spec.env.iter().map(|(key, value)| key.len().saturating_add(value.expose().len())).sum::<usize>();
-            let labels = spec.labels.iter().map(|(key, value)| key.len().saturating_add(value.len())).sum::<usize>();
-            words.saturating_add(env).saturating_add(labels)
+            let pairs = spec.labels.iter().chain(&spec.node_selector);
+            let labels = pairs.map(|(key, value)| key.len().saturating_add(value.len())).sum::<usize>();
+            let mounts = spec.mounts.iter().map(|mount| mount.source.len().saturating_add(mount.target.len())).sum::<usize>();
+            words.saturating_add(env).saturating_add(labels).saturating_add(mounts)
         };
-        let text = |text: &Option<String>| text.as_ref().map_or(0, String::len);
         let record = |record: &Record| {
-            let status = text(&record.status.message).saturating_add(text(&record.status.last_error));
-            RECORD_BYTES.saturating_add(status).saturating_add(spec(record))
+            let Status { message, node, sandbox_id, container_id, image_digest, ip, handler, isolation, placement, last_error, .. } =
+                &record.status;
+            let Isolation { handler: found, kernel, host_kernel, message: doubt, verified: _ } = isolation;
+            let texts = [message, node, sandbox_id, container_id, image_digest, ip, handler, found, kernel, host_kernel, doubt, last_error];
+            let status = texts.into_iter().flatten().map(String::len).sum::<usize>();
+            let text_of = |why: &Value| why.as_str().map_or(0, str::len);
+            let rejected = placement.rejected.iter().map(|(node, why)| node.len().saturating_add(text_of(why))).sum::<usize>();
+            RECORD_BYTES.saturating_add(status).saturating_add(rejected).saturating_add(spec(record))
         };
         self.before.as_deref().map_or(0, record).saturating_add(self.after.as_deref().map_or(0, record))
     }
@@ -154,5 +164,9 @@ mod tests {
         assert!(history.kept().oldest > 1);
         history.push(change(count + 3, &large));
         assert_eq!(history.kept(), Kept { oldest: count + 2, newest: count + 3 });
+        let mut kernel = super::super::tests::record("c");
+        kernel.status.isolation.kernel = Some("x".repeat(limits::EVENTS_BYTES_MAX / 2));
+        history.push(change(count + 4, &Arc::new(kernel)));
+        assert_eq!(history.kept(), Kept { oldest: count + 3, newest: count + 4 }, "every text counts");
     }
 }
