@@ -39,6 +39,9 @@ pub struct Stored {
     pub status: Status,
 }
 
+/// The largest revision that is read: clients hold revisions in doubles, which are exact up to 2^53, and what follows needs room.
+pub const REVISION_MAX: u64 = (1 << 53) - (1 << 40);
+
 /// A line of an export.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Line {
@@ -125,7 +128,7 @@ fn read(fields: &mut Fields<'_>) -> Option<Line> {
     match fields.required("type", kind)?.as_str() {
         "End" => Some(Line::End { workloads: number(fields, "workloads")? }),
         "Store" => {
-            let (format, revision) = (number(fields, "format"), number(fields, "revision"));
+            let (format, revision) = (number(fields, "format"), revision(fields, "revision"));
             Some(Line::Store { format: format?, revision: revision? })
         }
         "Workload" => {
@@ -143,7 +146,7 @@ fn read(fields: &mut Fields<'_>) -> Option<Line> {
                 fields.required(name, flag)
             };
             let (is_known, has_run, has_new_labels) = (flag("is_known"), flag("has_run"), flag("has_new_labels"));
-            let born = number(fields, "born");
+            let born = revision(fields, "born");
             let status = status(fields);
             Some(Line::Workload(Box::new(Stored {
                 workload: Arc::new(workload?),
@@ -166,6 +169,11 @@ fn read(fields: &mut Fields<'_>) -> Option<Line> {
 
 fn number(fields: &mut Fields<'_>, name: &'static str) -> Option<u64> {
     let number = fields.integer(name, 0, u64::MAX);
+    fields.required(name, number)
+}
+
+fn revision(fields: &mut Fields<'_>, name: &'static str) -> Option<u64> {
+    let number = fields.integer(name, 0, REVISION_MAX);
     fields.required(name, number)
 }
 
@@ -207,7 +215,7 @@ mod tests {
             is_known: true,
             has_run: false,
             has_new_labels: true,
-            born: u64::MAX,
+            born: REVISION_MAX,
             state: State::Running,
             status: Status::accepted(Some("node-1".into())),
         }
@@ -231,9 +239,13 @@ mod tests {
         check("\"born\"", "\"borm\"", "/born: is required; /borm: unknown field; did you mean born?");
         check("\"oom_killed\":false", "\"oom_killed\":false,\"new\":1", "/status: has fields");
         check("\"oom_killed\":false", "\"oom_killed\":3", "/status: is no status");
+        let born = |number: u64| format!("\"born\":{number}");
+        check(&born(REVISION_MAX), &born(REVISION_MAX + 1), "/born: must be");
         check("\"image\"", "\"imago\"", "/workload/image: is required");
         check("\"Stopped\"", "\"stopped\"", "/desired: must be one of Deleted, Run, Stopped");
         check("\"type\":\"Workload\"", "\"type\":\"Else\"", "/type: must be one of End, Store, Workload");
         check("}", "", "not JSON");
+        let store = Line::Store { format: 1, revision: u64::MAX }.to_json();
+        assert!(Line::parse(store.as_bytes()).is_err_and(|problems| problems.to_string().contains("/revision: must be")));
     }
 }

@@ -26,7 +26,7 @@ use redb::{Builder, Database, ReadableTable, TableDefinition};
 use crate::failpoint;
 use crate::limits;
 use crate::wire::Problems;
-use crate::wire::stored::{Line, Stored};
+use crate::wire::stored::{Line, REVISION_MAX, Stored};
 use crate::workload::WorkloadId;
 
 const WORKLOADS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("workloads");
@@ -363,6 +363,9 @@ fn read(path: &Path, database: &Database) -> Result<Content, Error> {
         return Err(Error::Format { path: path.to_owned(), found });
     }
     let (revision, commits) = (number(REVISION_KEY)?, number(COMMITS_KEY)?);
+    if revision > REVISION_MAX {
+        return Err(damaged(format!("it has revision {revision}, and {REVISION_MAX} is the most")));
+    }
     let rows = transaction.open_table(WORKLOADS).map_err(sorted(path))?;
     let mut records = Vec::new();
     for row in rows.iter().map_err(sorted(path))? {
@@ -457,9 +460,18 @@ pub(super) mod tests {
 
     /// Makes a store look as if another version had written it.
     pub(in super::super) fn set_format(dir: &Path, format: u64) {
+        set(dir, FORMAT_KEY, format);
+    }
+
+    /// Makes a store look as if it had seen that many changes.
+    pub(in super::super) fn set_revision(dir: &Path, revision: u64) {
+        set(dir, REVISION_KEY, revision);
+    }
+
+    fn set(dir: &Path, key: &str, value: u64) {
         let database = builder().open(dir.join(FILE)).expect("opened");
         let transaction = database.begin_write().expect("begun");
-        transaction.open_table(STORE).expect("there").insert(FORMAT_KEY, format).expect("written");
+        transaction.open_table(STORE).expect("there").insert(key, value).expect("written");
         transaction.commit().expect("committed");
     }
 }

@@ -601,6 +601,15 @@ fn an_import_names_every_bad_line_and_leaves_nothing() {
 }
 
 #[test]
+fn a_store_whose_revisions_no_double_holds_is_refused() {
+    let dir = Dir::new();
+    filled(&dir).close();
+    disk::tests::set_revision(&dir.0, 1 << 53);
+    let error = Store::open(&dir.0).expect_err("refused").to_string();
+    assert!(error.contains("revision 9007199254740992"), "{error}");
+}
+
+#[test]
 fn a_store_of_another_format_is_refused() {
     let dir = Dir::new();
     filled(&dir).close();
