@@ -52,7 +52,7 @@ const DOORS: [(&str, &[&str]); 20] = [
     ("log", &[""]),
     ("prost", &["cri/", "sim/"]),
     ("redb", &["control_plane/store/disk.rs"]),
-    ("rustix", &["agent/images/collect.rs", "agent/journal.rs", "agent/logs/files.rs", "deadline.rs"]),
+    ("rustix", &["agent/images/collect.rs", "agent/journal.rs", "agent/logs/files.rs", "control_plane/store/disk.rs", "deadline.rs"]),
     ("serde", &["config.rs", "wire/"]),
     ("serde_json", &["agent", "cli", "control_plane", "wire/"]),
     ("signal_hook", &["cli/play.rs", "daemon.rs"]),

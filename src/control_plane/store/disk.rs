@@ -12,7 +12,8 @@
 //!
 //! Invariant: a commit that was acknowledged is there, or the file is refused.
 //! Invariant: after an error of the disk the file is opened anew, and verified, before anything is written to it.
-//! Invariant: a store file is made under another name and linked into place when it is whole; none is ever replaced.
+//! Invariant: a store file is made under another name and linked into place when it is whole; none is ever replaced. Whoever makes one
+//! holds a lock on the directory, and takes nothing away before it has seen that there is none.
 
 use std::fmt;
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -22,6 +23,8 @@ use std::path::{Path, PathBuf};
 use std::thread;
 
 use redb::{Builder, Database, ReadableTable, TableDefinition};
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 
 use crate::failpoint;
 use crate::limits;
@@ -209,7 +212,11 @@ impl StoreFile {
     pub(super) fn open_or_make(dir: &Path) -> Result<(Self, Loaded), Error> {
         make_dir(dir)?;
         if !exists(dir)? {
-            make(dir, &Loaded::default())?;
+            match make(dir, &Loaded::default()) {
+                // Somebody was faster; it may be in use.
+                Ok(()) | Err(Error::Exists(_)) => {}
+                Err(error) => return Err(error),
+            }
         }
         Self::open(dir)
     }
@@ -258,7 +265,17 @@ impl Disk for StoreFile {
 pub(super) fn make(dir: &Path, content: &Loaded) -> Result<(), Error> {
     let (path, hidden) = (dir.join(FILE), dir.join(NEW_FILE));
     let in_dir = |cause| Error::Directory { path: dir.to_owned(), cause };
-    // Of a making that was cut short. One that is under way elsewhere finds its file gone when it comes to linking.
+    let lock = File::open(dir).map_err(in_dir)?;
+    match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => {}
+        Err(Errno::WOULDBLOCK) => return Err(Error::InUse(path)),
+        Err(error) => return Err(in_dir(error.into())),
+    }
+    // The mark of a store that is there is not ours to take.
+    if exists(dir)? {
+        return Err(Error::Exists(path));
+    }
+    // Of a making that was cut short, and of a store that was moved away.
     remove(&hidden).and_then(|()| remove(&dir.join(MARK_FILE))).map_err(in_dir)?;
     let file = OpenOptions::new().read(true).write(true).create_new(true).mode(FILE_MODE).open(&hidden).map_err(in_dir)?;
     let database = builder().create_file(file).map_err(sorted(&path))?;
@@ -466,6 +483,11 @@ pub(super) mod tests {
     /// Makes a store look as if it had seen that many changes.
     pub(in super::super) fn set_revision(dir: &Path, revision: u64) {
         set(dir, REVISION_KEY, revision);
+    }
+
+    /// As somebody who makes a store.
+    pub(in super::super) fn lock(dir: &File) {
+        flock(dir, FlockOperation::LockExclusive).expect("locked");
     }
 
     fn set(dir: &Path, key: &str, value: u64) {

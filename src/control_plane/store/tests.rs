@@ -440,6 +440,23 @@ fn a_store_is_made_whole_or_not_at_all() {
 }
 
 #[test]
+fn whoever_comes_too_late_to_make_a_store_takes_nothing_of_it() {
+    let dir = Dir::new();
+    filled(&dir).close();
+    let mark = || fs::read_to_string(dir.file("store.mark")).expect("there");
+    let before = mark();
+    assert!(matches!(disk::make(&dir.0, &Loaded::default()), Err(disk::Error::Exists(_))));
+    assert_eq!(mark(), before);
+    let empty = Dir::new();
+    fs::create_dir_all(&empty.0).expect("made");
+    let held = fs::File::open(&empty.0).expect("opened");
+    disk::tests::lock(&held);
+    assert!(matches!(disk::make(&empty.0, &Loaded::default()), Err(disk::Error::InUse(_))));
+    drop(held);
+    assert!(disk::make(&empty.0, &Loaded::default()).is_ok());
+}
+
+#[test]
 fn what_is_no_store_of_ours_is_refused_with_the_way_out() {
     let check = |name: &str, content: &[u8], expect: &str| {
         let dir = Dir::new();
