@@ -128,12 +128,12 @@ impl NodeClient {
         let mut connection = self.take_idle().map_or_else(|| self.connect(deadline), Ok)?;
         let mut result = connection.exchange(&line, deadline);
         if let (true, Some(lost)) = (is_idempotent(request), result.as_ref().err().filter(|error| error.is_lost_connection())) {
-            let again = self.connect(deadline).and_then(|mut connection| match connection.exchange(&line, deadline) {
+            let again = self.connect(deadline).map(|mut connection| match connection.exchange(&line, deadline) {
                 Err(Error::Refused(refusal)) if !is_true_of_both(request, refusal.code) => {
                     log::debug!("{}: {lost}, and then {refusal:?}", self.name);
-                    Ok(None)
+                    None
                 }
-                result => Ok(Some((connection, result))),
+                result => Some((connection, result)),
             });
             match again {
                 Ok(Some((other, second))) => (connection, result) = (other, second),
