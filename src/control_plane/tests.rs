@@ -463,6 +463,8 @@ fn nodes_are_shown_as_their_agents_describe_them() {
     let (_, metrics) = world.ask("GET", "/metrics", "");
     assert!(metrics.contains("\nkakuri_node_ready{node=\"node-1\"} 1\n"), "{metrics}");
     assert!(metrics.contains("\nkakuri_workloads{state=\"Running\"} 0\n"), "{metrics}");
+    assert!(metrics.contains("\nkakuri_node_workloads_stopping{node=\"node-1\"} 2\n"), "{metrics}");
+    assert!(metrics.contains("\nkakuri_node_oldest_stopping_seconds{node=\"node-1\"} 90.500\n"), "{metrics}");
     world.end();
 }
 

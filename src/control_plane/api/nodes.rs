@@ -66,6 +66,16 @@ impl Api {
         text.family("kakuri_node_last_heartbeat_timestamp_seconds", Kind::Gauge, "When its agent last answered.", heard);
         let strangers = self.plane.nodes.iter().map(|(name, node)| (Labels::of(&[("node", name.as_str())]), node.strangers()));
         text.family("kakuri_node_strangers", Kind::Gauge, "Workloads there that this control plane did not place there.", strangers);
+        // Of those that answer: the last word of another says nothing about now.
+        let said = || {
+            let answering = views.iter().filter(|(_, view)| view.is_reachable);
+            answering.filter_map(|(name, view)| Some((Labels::of(&[("node", name.as_str())]), view.node.as_deref()?)))
+        };
+        let stopping = said().map(|(labels, node)| (labels, node.stopping));
+        text.family("kakuri_node_workloads_stopping", Kind::Gauge, "Workloads there that are being stopped or deleted.", stopping);
+        let oldest =
+            said().map(|(labels, node)| (labels, format!("{}.{:03}", node.oldest_stopping_ms / 1000, node.oldest_stopping_ms % 1000)));
+        text.family("kakuri_node_oldest_stopping_seconds", Kind::Gauge, "For how long the longest of them.", oldest);
         let one = |value: u64| [(Labels::none(), value)];
         text.family("kakuri_store_commits_total", Kind::Counter, "Commits of the store.", one(STORE_COMMITS.value()));
         text.family("kakuri_store_failures_total", Kind::Counter, "Commits that the disk did not take.", one(STORE_FAILURES.value()));

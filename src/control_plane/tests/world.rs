@@ -84,7 +84,10 @@ impl FakeAgent {
         let status = |id: &str, object: &Object| Reply::Status { id: id.into(), state: object.state, status: object.status.clone() };
         let unknown = |id: &str| Reply::error(ErrorCode::NotFound, "no such workload", Some(id.into()));
         let reply = match request {
-            Request::GetNode => Reply::Node(Box::new(super::super::scheduler::tests::node(&fake.name, &["gvisor", "native"]))),
+            Request::GetNode => {
+                let node = super::super::scheduler::tests::node(&fake.name, &["gvisor", "native"]);
+                Reply::Node(Box::new(crate::wire::agent::Node { stopping: 2, oldest_stopping_ms: 90_500, ..node }))
+            }
             Request::StartWorkload { workload, .. } => {
                 let id = workload.id.to_string();
                 let new =
