@@ -11,6 +11,7 @@
 //! Invariant: what a client wished is published, answered, sent to an agent or shown to anybody only after the commit that holds it;
 //! when the commit fails, nothing of it is published, and the rows it may have left are written again as they are published.
 //! Invariant: what an agent said is on disk within `STORE_LAZY_MS` while the disk works. What a crash takes, the agent says again.
+//! Invariant: that a workload ended is told only after the commit that holds it, unless the disk takes none.
 //! Invariant: records <= `STORE_WORKLOADS_MAX`, ended ones included.
 //! Invariant: revisions grow with every change published, and across restarts: a revision is told only below the mark on disk.
 //! *Not here*: agents, HTTP.
@@ -292,6 +293,18 @@ impl Store {
                 self.shared.poke();
             }
             return Ok(Some(after));
+        }
+        if next.state.is_terminal() && !current.state.is_terminal() {
+            drop(index);
+            // An end is final, so it is told when it is on disk. Where the disk takes nothing, its agent's word is still the truth.
+            match self.order(Act::End(Box::new(next.clone()))) {
+                Ok(Outcome::Inserted(record) | Outcome::Existing(record)) => return Ok(Some(record)),
+                Ok(Outcome::Gone | Outcome::Refused) => return Ok(None),
+                Err(_) => index = self.shared.lock(),
+            }
+            if index.records.get(id).is_none_or(|now| !Arc::ptr_eq(now, &current)) {
+                return Ok(index.records.get(id).map(Arc::clone));
+            }
         }
         if index.revision >= index.reserved {
             self.shared.poke();

@@ -26,9 +26,18 @@ use crate::workload::WorkloadId;
 /// What is asked of the store.
 #[derive(Debug)]
 pub(super) enum Act {
+    /// Its agent says that it ended so.
+    End(Box<Record>),
     Insert(Box<Record>),
-    Remove { id: WorkloadId, born: u64 },
-    Wish { id: WorkloadId, born: u64, wish: Wish },
+    Remove {
+        id: WorkloadId,
+        born: u64,
+    },
+    Wish {
+        id: WorkloadId,
+        born: u64,
+        wish: Wish,
+    },
 }
 
 /// What became of it.
@@ -189,6 +198,7 @@ fn answer(orders: Vec<Order>, mut result: impl FnMut(&Act) -> Result<Outcome, Er
 /// The kinds of writes in a batch, for tests that let the process die at one.
 fn kinds(orders: &[Order], dirty: &BTreeSet<WorkloadId>) -> Vec<&'static str> {
     let kind = |order: &Order| match order.act {
+        Act::End(_) => "end",
         Act::Insert(_) => "insert",
         Act::Remove { .. } => "remove",
         Act::Wish { wish: Wish::Delete, .. } => "delete",
@@ -208,6 +218,11 @@ fn reservation(index: &Index) -> u64 {
 /// Plans one act on top of those before it. [`apply`] will do the same: nobody else inserts, removes or wishes meanwhile.
 fn evaluate(index: &mut Index, plan: &mut Plan, act: &mut Act) {
     let (id, next) = match act {
+        Act::End(ended) => {
+            let id = ended.workload.id.clone();
+            let next = planned(index, plan, &id).and_then(|record| ended_as(record, ended));
+            (id, next.map(Some))
+        }
         Act::Insert(record) => {
             index.revision += 1;
             record.born = index.revision;
@@ -227,6 +242,13 @@ fn evaluate(index: &mut Index, plan: &mut Plan, act: &mut Act) {
     if let Some(next) = next {
         plan.insert(id, next);
     }
+}
+
+/// The record, ended so: what clients wished meanwhile stays. `None` when it is another one, or over already.
+fn ended_as(record: &Record, ended: &Record) -> Option<Record> {
+    let Record { workload, node, desired, born, revision, .. } = record.clone();
+    let is_it = record.born == ended.born && !record.state.is_terminal();
+    is_it.then(|| Record { workload, node, desired, born, revision, ..ended.clone() })
 }
 
 fn planned<'a>(index: &'a Index, plan: &'a Plan, id: &WorkloadId) -> Option<&'a Record> {
@@ -255,6 +277,16 @@ fn apply(index: &mut Index, act: &Act) -> Outcome {
     let born_at = |index: &Index, id: &WorkloadId, born: u64| existing(index, id).filter(|record| record.born == born);
     let published = |record: Option<Arc<Record>>| record.map_or(Outcome::Gone, Outcome::Inserted);
     match act {
+        Act::End(ended) => {
+            let id = &ended.workload.id;
+            match born_at(index, id, ended.born) {
+                None => Outcome::Gone,
+                Some(current) => match ended_as(&current, ended) {
+                    None => Outcome::Existing(current),
+                    Some(next) => published(index.publish(id, Some(next))),
+                },
+            }
+        }
         Act::Insert(record) => {
             let id = &record.workload.id;
             match existing(index, id) {
