@@ -176,3 +176,28 @@ fn a_containerd_that_is_killed_costs_no_workload() {
         assert_eq!(place.sandboxes().len(), 2);
     });
 }
+
+#[test]
+fn a_check_over_the_network_asks_the_sandbox() {
+    Place::with_lab(|place: &Place| {
+        let agent = place.agent(&[]);
+        let serve = ["sh", "-c", "mkdir /tmp/www; echo ok >/tmp/www/h; exec httpd -f -p 8080 -h /tmp/www"];
+        let check = |check: serde_json::Value| {
+            let health = with(check, json!({"interval_ms": 500, "timeout_ms": 5000, "failures": 3}));
+            json!({"stop_grace_ms": 0, "health": health})
+        };
+        agent.run(&with(place.workload("http", &serve), check(json!({"http": {"port": 8080, "path": "/h"}}))));
+        agent.run(&with(place.workload("tcp", &serve), check(json!({"tcp": {"port": 8080}}))));
+        agent.run(&with(place.workload("missing", &serve), check(json!({"http": {"port": 8080, "path": "/none"}}))));
+        agent.run(&with(place.workload("closed", &serve), check(json!({"tcp": {"port": 81}}))));
+        let (_, status) = agent.ended("missing");
+        assert_eq!(status.reason, Some(Reason::HealthCheckFailed), "{status:?}");
+        assert!(status.message.as_deref().is_some_and(|m| m.ends_with("GET /none was answered with status 404")), "{status:?}");
+        let (_, status) = agent.ended("closed");
+        assert_eq!(status.reason, Some(Reason::HealthCheckFailed), "{status:?}");
+        for id in ["http", "tcp"] {
+            let (state, status) = agent.status(id);
+            assert_eq!((state, status.last_error), (State::Running, None), "{id}");
+        }
+    });
+}
