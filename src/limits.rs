@@ -156,6 +156,8 @@ pub const MESSAGE_BYTES_MAX: usize = 1024;
 
 /// Workloads one agent keeps, ended ones included.
 pub const AGENT_WORKLOADS_MAX: usize = 4096;
+/// Ids of which an agent remembers the number of the last request, of those it has and of as many that are gone.
+pub const FENCES_MAX: usize = 2 * AGENT_WORKLOADS_MAX;
 /// One workload as JSON.
 pub const WORKLOAD_BYTES_MAX: usize = 512 * 1024;
 /// All workloads of one agent as JSON: the runtime lists them as annotations, and its list is one message.

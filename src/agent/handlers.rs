@@ -11,7 +11,7 @@ use serde_json::Value;
 use super::Agent;
 use super::logs::{LogReader, More, Tail};
 use super::node::Offer;
-use super::registry::{Container, NoWatch, Refusal};
+use super::registry::{Container, NoWatch, Overtaken, Refusal};
 use super::work::is_allowed;
 use super::{images, node, reconcile};
 use crate::cri::runtime::Class;
@@ -22,10 +22,10 @@ use crate::net::line::{LineError, LineReader};
 use crate::net::{self, Stream};
 use crate::report::Chain;
 use crate::wire::agent::{
-    Class as ClassBody, Condition, ErrorCode, ErrorReply, ExecResult, LogRequest, Node, Received, Reply, Request, Until,
+    Class as ClassBody, Condition, ErrorCode, ErrorReply, ExecResult, FEATURE_FENCE, LogRequest, Node, Received, Reply, Request, Until,
 };
 use crate::wire::{Problems, api, workload as wire_workload};
-use crate::workload::{Reason, State, Workload, WorkloadId};
+use crate::workload::{State, Workload, WorkloadId};
 
 /// The client is gone, or too slow: nothing more can be said.
 struct Hangup;
@@ -47,10 +47,10 @@ pub fn serve(agent: &Agent, mut stream: Stream, stopping: &AtomicBool) {
             Ok(None) => return,
             Err(error) => return refuse_line(&mut stream, &error),
         };
-        let Received { seq, id, request } = line;
+        let Received { seq, id, fence, request } = line;
         let mut client = Client { stream: &mut stream, lines: &mut lines, seq, stopping: &agent.stopping, probes: 0 };
         let result = match request {
-            Ok(request) => handle(agent, request, &mut client),
+            Ok(request) => handle(agent, request, fence, &mut client),
             Err(problems) => client.send(&invalid(&problems, id)),
         };
         if result.is_err() {
@@ -126,12 +126,12 @@ impl Client<'_> {
 /// Heartbeats for a client that ended its side; one that is still there after them is waited for as any other.
 const HALF_CLOSED_PROBES: u32 = 2;
 
-fn handle(agent: &Agent, request: Request, client: &mut Client<'_>) -> Result<(), Hangup> {
+fn handle(agent: &Agent, request: Request, fence: Option<u64>, client: &mut Client<'_>) -> Result<(), Hangup> {
     let reply = match request {
         // No listener asks for a token yet; one that is offered does no harm.
         Request::Auth { token: _ } => Reply::Ok,
         Request::CollectImages { dry_run } => collect_images(agent, dry_run),
-        Request::DeleteWorkload { id, wait_ms } => delete(agent, &id, wait_ms, client),
+        Request::DeleteWorkload { id, wait_ms } => delete(agent, &id, wait_ms, fence, client),
         Request::Exec { id, command, timeout_ms } => exec(agent, &id, &command, timeout_ms),
         Request::GetLogs(request) => return logs(agent, &request, client),
         Request::GetNode => Reply::Node(Box::new(describe(agent))),
@@ -142,9 +142,12 @@ fn handle(agent: &Agent, request: Request, client: &mut Client<'_>) -> Result<()
         }
         Request::ListWorkloads { after, limit } => list(agent, after.as_ref(), limit),
         Request::Ping => Reply::Pong { version: env!("CARGO_PKG_VERSION").into() },
-        Request::StartWorkload { workload, wait_ms } => start(agent, *workload, wait_ms, client),
+        Request::StartWorkload { workload, wait_ms } => start(agent, *workload, wait_ms, fence, client),
         Request::StopWorkload { id, wait_ms } => {
-            let stopped = agent.registry.want_stop(&id, Reason::Stopped, None);
+            let stopped = match agent.registry.stop(&id, fence) {
+                Ok(stopped) => stopped,
+                Err(seen) => return client.send(&overtaken(&id, seen)),
+            };
             if let Some(unsaved) = unsaved(agent, &id, false) {
                 return client.send(&unsaved);
             }
@@ -152,7 +155,10 @@ fn handle(agent: &Agent, request: Request, client: &mut Client<'_>) -> Result<()
             status_reply(agent, &id, waited.or_else(|| agent.registry.status(&id)).or(stopped))
         }
         Request::UpdateWorkload { id, labels } => {
-            let updated = agent.registry.update_labels(&id, labels);
+            let updated = match agent.registry.update_labels(&id, labels, fence) {
+                Ok(updated) => updated,
+                Err(seen) => return client.send(&overtaken(&id, seen)),
+            };
             if let Some(unsaved) = unsaved(agent, &id, false) {
                 return client.send(&unsaved);
             }
@@ -191,17 +197,24 @@ fn uncertain(agent: &Agent, id: Option<&WorkloadId>) -> Option<Reply> {
 }
 
 fn invalid(problems: &Problems, id: Option<String>) -> Reply {
-    Reply::Error(ErrorReply { code: ErrorCode::InvalidArgument, message: problems.to_string(), id, errors: problems.into() })
+    let message = problems.to_string();
+    Reply::Error(ErrorReply { code: ErrorCode::InvalidArgument, message, id, errors: problems.into(), fence: None })
 }
 
-fn start(agent: &Agent, workload: Workload, wait_ms: Option<u64>, client: &Client<'_>) -> Reply {
+fn overtaken(id: &WorkloadId, Overtaken(fence): Overtaken) -> Reply {
+    let message = format!("a later request about this workload was seen, of fence {fence}; this one is not done");
+    let (code, id) = (ErrorCode::Unavailable, Some(id.to_string()));
+    Reply::Error(ErrorReply { code, message, id, errors: Vec::new(), fence: Some(fence) })
+}
+
+fn start(agent: &Agent, workload: Workload, wait_ms: Option<u64>, fence: Option<u64>, client: &Client<'_>) -> Reply {
     let id = workload.id.clone();
     let error = |code, message: String| Reply::error(code, message, Some(id.to_string()));
-    let accepted = match agent.registry.present(&workload) {
+    let accepted = match agent.registry.present(&workload, fence) {
         Some(answer) => answer,
         // The rules of this node are for what is new; what it accepted once it does not take back.
         None => match check(agent, &workload) {
-            Ok(offer) => agent.registry.accept(workload, offer.class, offer.endpoint),
+            Ok(offer) => agent.registry.accept(workload, offer.class, offer.endpoint, fence),
             Err(Unfit::Rules(problems)) => return invalid(&problems, Some(id.to_string())),
             Err(Unfit::Now(message)) => return error(ErrorCode::Unavailable, message),
         },
@@ -210,6 +223,7 @@ fn start(agent: &Agent, workload: Workload, wait_ms: Option<u64>, client: &Clien
         Ok(accepted) => accepted,
         Err(Refusal::Differs) => return error(ErrorCode::AlreadyExists, "another workload has this id".into()),
         Err(Refusal::Leaving) => return error(ErrorCode::Unavailable, "the former workload of this id is still being deleted".into()),
+        Err(Refusal::Overtaken(seen)) => return overtaken(&id, seen),
         Err(Refusal::Full) => {
             let (workloads, bytes) = (limits::AGENT_WORKLOADS_MAX, limits::AGENT_SPECS_BYTES_MAX);
             let message = format!("this node keeps at most {workloads} workloads of {bytes} bytes together; delete some that ended");
@@ -293,9 +307,11 @@ fn refresh(agent: &Agent, id: &WorkloadId) {
     }
 }
 
-fn delete(agent: &Agent, id: &WorkloadId, wait_ms: Option<u64>, client: &Client<'_>) -> Reply {
-    if !agent.registry.want_delete(id) {
-        return not_found(agent, id);
+fn delete(agent: &Agent, id: &WorkloadId, wait_ms: Option<u64>, fence: Option<u64>, client: &Client<'_>) -> Reply {
+    match agent.registry.delete(id, fence) {
+        Ok(true) => {}
+        Ok(false) => return not_found(agent, id),
+        Err(seen) => return overtaken(id, seen),
     }
     if let Some(unsaved) = unsaved(agent, id, false) {
         return unsaved;
@@ -518,6 +534,7 @@ fn describe(agent: &Agent) -> Node {
         allocated: agent.registry.allocated(),
         labels: api::text_map(&agent.labels),
         version: env!("CARGO_PKG_VERSION").into(),
+        features: vec![FEATURE_FENCE.into()],
         host_kernel: agent.registry.host_kernel().unwrap_or_default().to_owned(),
         started_at: agent.node.started_at,
         observed_at: oldest,

@@ -12,6 +12,7 @@
 //! Invariant: a terminal state never changes; an exit code once known never changes.
 //! Invariant: `revision` grows with every change that a watcher sees.
 
+mod asks;
 mod entry;
 mod journaled;
 mod pulls;
@@ -32,6 +33,7 @@ use crate::wire::record::{Ailing, Wanted};
 use crate::wire::status::{Isolation, Status};
 use crate::workload::{Health, Name, Phase, Reason, State, Workload, WorkloadId};
 
+pub use asks::{Overtaken, Refusal};
 pub use entry::Chore;
 use entry::{Entry, Probe, Work};
 pub use journaled::{Batch, Restored};
@@ -65,6 +67,7 @@ pub struct Queues {
 #[derive(Default)]
 struct Inner {
     entries: BTreeMap<WorkloadId, Entry>,
+    fences: asks::Fences,
     /// Invariant: the sum of `Entry::spec_bytes`, `<= AGENT_SPECS_BYTES_MAX` but for adoptions.
     specs_bytes: usize,
     /// Of the last event. Its upper half counts the agent's starts, so that it never repeats.
@@ -117,17 +120,6 @@ pub enum NoWatch {
     Full,
     /// What happened since that revision is not kept any more, or never happened.
     Gone,
-}
-
-/// How an `accept` was answered.
-#[derive(Debug, PartialEq, Eq)]
-pub enum Refusal {
-    /// The id is taken by another workload.
-    Differs,
-    /// The id's former workload is still being deleted.
-    Leaving,
-    /// There are as many workloads, or as large ones, as one agent keeps.
-    Full,
 }
 
 /// An entry as the reconcile loop sees it, before it lists what the runtime has.
@@ -203,78 +195,6 @@ impl Registry {
         self.host_kernel.as_deref()
     }
 
-    /// Accepts a workload of a class that the runtime `endpoint` makes, or finds that it is here already. Nobody is to be told
-    /// before [`Registry::settled`].
-    ///
-    /// # Errors
-    /// [`Refusal`].
-    pub fn accept(&self, workload: Workload, class: Class, endpoint: usize) -> Result<(State, Status), Refusal> {
-        let mut inner = self.lock();
-        if let Some(answer) = self.present_in(&mut inner, &workload) {
-            return answer;
-        }
-        let id = workload.id.clone();
-        let mut entry = Entry::new(workload, &crate::report::random_id(), class, endpoint, Status::accepted(Some(self.node.to_string())));
-        entry.hold();
-        let specs_bytes = inner.specs_bytes.saturating_add(entry.spec_bytes);
-        if inner.entries.len() >= limits::AGENT_WORKLOADS_MAX || specs_bytes > limits::AGENT_SPECS_BYTES_MAX {
-            return Err(Refusal::Full);
-        }
-        let answer = (entry.state, entry.status.clone());
-        inner.specs_bytes = specs_bytes;
-        inner.entries.insert(id.clone(), entry);
-        self.publish(&mut inner, &id, EventKind::Added);
-        Ok(answer)
-    }
-
-    /// The state of a workload that was asked for before in the same words.
-    ///
-    /// # Errors
-    /// [`Refusal`], when it was asked for in others, or is on its way out.
-    pub fn present(&self, workload: &Workload) -> Option<Result<(State, Status), Refusal>> {
-        self.present_in(&mut self.lock(), workload)
-    }
-
-    /// How an entry that is there answers a request to accept.
-    fn present_in(&self, inner: &mut Inner, workload: &Workload) -> Option<Result<(State, Status), Refusal>> {
-        let entry = inner.entries.get_mut(&workload.id)?;
-        if entry.wanted == Wanted::Delete {
-            return Some(Err(Refusal::Leaving));
-        }
-        if !is_same(entry, workload) {
-            return Some(Err(Refusal::Differs));
-        }
-        if !entry.is_env_known {
-            entry.hold();
-            entry.workload = Arc::new(workload.clone());
-            entry.is_env_known = true;
-            entry.ledger.is_accept_saved = false;
-            self.publish(inner, &workload.id, EventKind::Modified);
-        }
-        inner.entries.get(&workload.id).map(seen).map(Ok)
-    }
-
-    /// Asks for a workload's end. A workload that does not run yet ends at once.
-    pub fn want_stop(&self, id: &WorkloadId, reason: Reason, message: Option<String>) -> Option<(State, Status)> {
-        let mut inner = self.lock();
-        let entry = inner.entries.get_mut(id)?;
-        if entry.wanted == Wanted::Run && !entry.state.is_terminal() {
-            entry.hold();
-            entry.wanted = Wanted::Stop { reason, message: message.clone() };
-            entry.retry = None;
-            entry.stopping = Some(Stopwatch::start());
-            entry.cancel.store(true, Ordering::SeqCst);
-            if entry.state == State::Pending && entry.work != Work::Doing && entry.recovery.is_none() {
-                entry.work = Work::Idle;
-                entry.give_up(reason, message.unwrap_or_else(|| "stopped before it ran".into()));
-            } else {
-                entry.status.phase = Some(Phase::Stopping);
-            }
-            self.publish(&mut inner, id, EventKind::Modified);
-        }
-        inner.entries.get(id).map(seen)
-    }
-
     /// Ends a running workload because of what became of it; its policy decides what follows.
     pub fn ail(&self, id: &WorkloadId, container_id: &str, reason: Reason, message: String) {
         let mut inner = self.lock();
@@ -290,41 +210,6 @@ impl Registry {
         entry.stopping = Some(Stopwatch::start());
         entry.status.phase = Some(Phase::Stopping);
         self.publish(&mut inner, id, EventKind::Modified);
-    }
-
-    /// Replaces the labels of a workload; `None` when there is no such workload.
-    pub fn update_labels(&self, id: &WorkloadId, labels: BTreeMap<String, String>) -> Option<(State, Status)> {
-        let mut inner = self.lock();
-        let entry = inner.entries.get_mut(id)?;
-        if entry.workload.spec.labels != labels {
-            entry.hold();
-            let mut workload = entry.workload.as_ref().clone();
-            workload.spec.labels = labels;
-            entry.workload = Arc::new(workload);
-            entry.ledger.is_accept_saved = false;
-            self.publish(&mut inner, id, EventKind::Modified);
-        }
-        inner.entries.get(id).map(seen)
-    }
-
-    /// Asks for a workload to be removed and forgotten; whether there is one.
-    pub fn want_delete(&self, id: &WorkloadId) -> bool {
-        let mut inner = self.lock();
-        let Some(entry) = inner.entries.get_mut(id) else { return false };
-        if entry.wanted != Wanted::Delete {
-            entry.hold();
-            entry.wanted = Wanted::Delete;
-            entry.retry = None;
-            entry.stopping.get_or_insert_with(Stopwatch::start);
-            entry.cancel.store(true, Ordering::SeqCst);
-            entry.status.phase = Some(Phase::Stopping);
-            if matches!(entry.work, Work::Pulling | Work::Queued(_)) {
-                // What it waits for is not what it needs any more; a stale place in a queue is passed over.
-                entry.work = Work::Idle;
-            }
-            self.publish(&mut inner, id, EventKind::Modified);
-        }
-        true
     }
 
     /// The container to probe, and the runtime that has it; `None` when the workload does not run any more.
@@ -499,35 +384,6 @@ impl Registry {
     /// A workload's state and status.
     pub fn status(&self, id: &WorkloadId) -> Option<(State, Status)> {
         self.lock().entries.get(id).filter(|entry| entry.is_visible()).map(seen)
-    }
-
-    /// Waits until what was asked of a workload is on disk. One that is gone by then was removed; or, where it was to be accepted
-    /// (`is_new`), was not.
-    ///
-    /// # Errors
-    /// Why it is not.
-    pub fn settled(&self, id: &WorkloadId, is_new: bool) -> Result<(), String> {
-        let deadline = Deadline::within_ms(limits::JOURNAL_MS_MAX, "journal");
-        let mut inner = self.lock();
-        loop {
-            let why = |inner: &Inner, otherwise: &str| inner.trouble.clone().unwrap_or_else(|| otherwise.to_owned());
-            match inner.entries.get_mut(id) {
-                None if is_new => return Err(why(&inner, "it could not be written a moment ago, or was deleted meanwhile")),
-                None => return Ok(()),
-                Some(entry) if entry.ledger.is_settled() => return Ok(()),
-                // An agent that stops writes all of it down first, so there is no other answer until then.
-                Some(entry) if deadline.left().is_err() => {
-                    if !entry.is_visible() {
-                        // It may still be written. What is refused now must not run then.
-                        entry.hold();
-                        entry.wanted = Wanted::Delete;
-                        inner.mark(id);
-                    }
-                    return Err(why(&inner, "the disk is too slow"));
-                }
-                Some(_) => inner = self.wait_changed(inner, deadline.left().unwrap_or_default()),
-            }
-        }
     }
 
     /// Why the journal cannot be written now.
@@ -812,17 +668,6 @@ fn probed<'a>(inner: &'a mut Inner, id: &WorkloadId, container_id: &str) -> Opti
     let entry = inner.entries.get_mut(id)?;
     let is_it = entry.made.as_ref().is_some_and(|m| m.container_id == container_id);
     (is_it && entry.probe == Probe::Queued && entry.state == State::Running).then_some(entry)
-}
-
-/// Whether the same was asked for before. After an adoption the values of the environment are unknown, and only its names count.
-fn is_same(entry: &Entry, workload: &Workload) -> bool {
-    if entry.is_env_known {
-        return *entry.workload == *workload;
-    }
-    let mut known = (*entry.workload).clone();
-    let names_agree = known.spec.env.keys().eq(workload.spec.env.keys());
-    known.spec.env.clone_from(&workload.spec.env);
-    names_agree && known == *workload
 }
 
 /// What may be told of an entry.

@@ -7,10 +7,14 @@
 //!
 //! Invariant: nothing is asked of an agent but its name, as long as it has not said on that very connection that it is the one meant. An
 //! address may be somebody else's from one moment to the next, and that one's "no such workload" is no truth of ours.
+//! A change carries the revision of the record it is about as its `fence`, where the agent heeds one: what its sender gave up waiting
+//! for, and what lies in a connection to an agent that hangs, is not done any more once the agent has seen what came after it.
+//!
 //! Invariant: idle connections <= `NODE_POOL_MAX`; a reply is a line <= `LINE_BYTES_MAX`.
 //! Invariant: whoever waits here notices within `NODE_WAIT_SLICE_MS` that the control plane is stopping.
 
 use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::Stopping;
@@ -108,13 +112,15 @@ pub(super) struct NodeClient {
     name: Name,
     address: Address,
     idle: Mutex<Vec<Connection>>,
+    /// Added to each fence, so that it is above what the agent has seen of other stores.
+    fence_raise: AtomicU64,
     stopping: Arc<Stopping>,
 }
 
 impl NodeClient {
     /// Nothing is connected yet.
     pub(super) fn new(name: Name, address: Address, stopping: Arc<Stopping>) -> Self {
-        Self { name, address, idle: Mutex::default(), stopping }
+        Self { name, address, idle: Mutex::default(), fence_raise: AtomicU64::new(0), stopping }
     }
 
     /// Where the agent listens.
@@ -124,11 +130,30 @@ impl NodeClient {
 
     /// Asks, and waits for the reply; one that is an error is [`Error::Refused`].
     pub(super) fn request(&self, request: &Request, deadline: Deadline) -> Result<Reply, Error> {
-        let line = request.to_line();
+        self.request_once(request, None, deadline)
+    }
+
+    /// As [`NodeClient::request`], for a change. Whoever sends one about the same workload later has a `fence` as high, or higher.
+    pub(super) fn change(&self, request: &Request, fence: u64, deadline: Deadline) -> Result<Reply, Error> {
+        let raised = || fence.saturating_add(self.fence_raise.load(Ordering::SeqCst)).min(agent::FENCE_MAX);
+        let first = raised();
+        match self.request_once(request, Some(first), deadline) {
+            // The agent knows numbers of a store that was lost, or of a later state of this one. We are not late: we wait here.
+            Err(Error::Refused(ErrorReply { fence: Some(seen), .. })) if seen > first => {
+                log::warn!("node {}: it has seen fence {seen}, of another store than this one, or a later copy of it", self.name);
+                let raise = seen.saturating_add(limits::REVISIONS_RESERVED).saturating_sub(fence);
+                self.fence_raise.fetch_max(raise, Ordering::SeqCst);
+                self.request_once(request, Some(raised()), deadline)
+            }
+            result => result,
+        }
+    }
+
+    fn request_once(&self, request: &Request, fence: Option<u64>, deadline: Deadline) -> Result<Reply, Error> {
         let mut connection = self.take_idle().map_or_else(|| self.connect(deadline), Ok)?;
-        let mut result = connection.exchange(&line, deadline);
+        let mut result = connection.ask(request, fence, deadline);
         if let (true, Some(lost)) = (is_idempotent(request), result.as_ref().err().filter(|error| error.is_lost_connection())) {
-            let again = self.connect(deadline).map(|mut connection| match connection.exchange(&line, deadline) {
+            let again = self.connect(deadline).map(|mut connection| match connection.ask(request, fence, deadline) {
                 Err(Error::Refused(refusal)) if !is_true_of_both(request, refusal.code) => {
                     log::debug!("{}: {lost}, and then {refusal:?}", self.name);
                     None
@@ -151,7 +176,7 @@ impl NodeClient {
     /// Asks for what comes in many replies, over a connection of its own.
     pub(super) fn stream(&self, request: &Request, deadline: Deadline) -> Result<Replies, Error> {
         let mut connection = self.connect(deadline)?;
-        connection.write(&request.to_line(), deadline)?;
+        connection.write(&request.to_line(None), deadline)?;
         Ok(Replies(connection))
     }
 
@@ -161,9 +186,12 @@ impl NodeClient {
         let deadline = deadline.at_most_ms(limits::NODE_CONNECT_MS_MAX, "connect to the agent");
         let stream = Stream::connect(&self.address, deadline).map_err(Error::Connect)?;
         let reader = LineReader::new(limits::LINE_BYTES_MAX, limits::LINE_MS_MAX);
-        let mut connection = Connection { stream, reader, stopping: Arc::clone(&self.stopping) };
-        match connection.exchange(&Request::GetNode.to_line(), greeting) {
-            Ok(Reply::Node(node)) if node.node_id == self.name.as_str() => Ok(connection),
+        let mut connection = Connection { stream, reader, heeds_fences: false, stopping: Arc::clone(&self.stopping) };
+        match connection.ask(&Request::GetNode, None, greeting) {
+            Ok(Reply::Node(node)) if node.node_id == self.name.as_str() => {
+                let heeds_fences = node.features.iter().any(|feature| feature == agent::FEATURE_FENCE);
+                Ok(Connection { heeds_fences, ..connection })
+            }
             Ok(Reply::Node(node)) => Err(Error::Somebody(node)),
             Err(Error::Refused(refusal)) if !is_of_agent(refusal.code) => Err(Error::Unexpected),
             Ok(_) => Err(Error::Unexpected),
@@ -244,12 +272,14 @@ impl Replies {
 struct Connection {
     stream: Stream,
     reader: LineReader,
+    /// An agent of an earlier version refuses what it does not know.
+    heeds_fences: bool,
     stopping: Arc<Stopping>,
 }
 
 impl Connection {
-    fn exchange(&mut self, line: &[u8], deadline: Deadline) -> Result<Reply, Error> {
-        self.write(line, deadline)?;
+    fn ask(&mut self, request: &Request, fence: Option<u64>, deadline: Deadline) -> Result<Reply, Error> {
+        self.write(&request.to_line(fence.filter(|_| self.heeds_fences)), deadline)?;
         self.receive(deadline)
     }
 
@@ -285,7 +315,7 @@ impl Connection {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+    use std::sync::atomic::{AtomicBool, AtomicUsize};
 
     use super::super::scheduler::tests::node;
     use super::*;
@@ -295,21 +325,25 @@ mod tests {
     /// closes the connection.
     struct Scripted {
         name: &'static str,
+        heeds_fences: bool,
         lines: Vec<&'static str>,
         asked: AtomicUsize,
+        fences: Mutex<Vec<Option<u64>>>,
     }
 
     impl Service for Scripted {
         fn serve(&self, mut stream: Stream, _stopping: &AtomicBool) {
             let mut reader = LineReader::new(limits::LINE_BYTES_MAX, 1000);
             while let Ok(Some(asked)) = reader.next(&mut stream, soon()) {
-                if asked == Request::GetNode.to_line().trim_ascii_end() {
-                    let greeting = Reply::Node(Box::new(node(self.name, &[]))).to_line(None);
+                if asked == Request::GetNode.to_line(None).trim_ascii_end() {
+                    let features = if self.heeds_fences { vec![agent::FEATURE_FENCE.to_owned()] } else { Vec::new() };
+                    let greeting = Reply::Node(Box::new(agent::Node { features, ..node(self.name, &[]) })).to_line(None);
                     if stream.write_all(&greeting, soon()).is_err() {
                         return;
                     }
                     continue;
                 }
+                self.fences.lock().expect("not poisoned").push(Request::parse(asked).fence);
                 let line = self.lines.get(self.asked.fetch_add(1, Ordering::SeqCst)).copied().unwrap_or_default();
                 if line.is_empty() || stream.write_all(line.as_bytes(), soon()).is_err() {
                     return;
@@ -336,8 +370,15 @@ mod tests {
 
     fn with_agent_called(name: &'static str, lines: &[&'static str], act: impl FnOnce(&NodeClient, &Server)) -> usize {
         let listener = Listener::bind(&Address::parse("127.0.0.1:0").expect("an address")).expect("a port");
-        let agent = Arc::new(Scripted { name, lines: lines.to_vec(), asked: AtomicUsize::new(0) });
-        let server = Server::start(listener, "agent", Arc::clone(&agent)).expect("a thread");
+        run(listener, &Arc::new(scripted(name, lines)), act)
+    }
+
+    fn scripted(name: &'static str, lines: &[&'static str]) -> Scripted {
+        Scripted { name, heeds_fences: true, lines: lines.to_vec(), asked: AtomicUsize::new(0), fences: Mutex::default() }
+    }
+
+    fn run(listener: Listener, agent: &Arc<Scripted>, act: impl FnOnce(&NodeClient, &Server)) -> usize {
+        let server = Server::start(listener, "agent", Arc::clone(agent)).expect("a thread");
         act(&NodeClient::new(self::name(), server.address().clone(), Arc::default()), &server);
         server.stop(1000);
         agent.asked.load(Ordering::SeqCst)
@@ -364,6 +405,42 @@ mod tests {
             assert!(matches!(client.request(&Request::Ping, soon()), Err(Error::Closed)));
         });
         assert_eq!(asked, 2);
+    }
+
+    const OVERTAKEN: &str = "{\"type\":\"Error\",\"code\":\"Unavailable\",\"message\":\"late\",\"fence\":40}\n";
+
+    #[test]
+    fn a_change_is_numbered_where_the_agent_heeds_it_and_only_there() {
+        let check = |heeds_fences: bool, lines: &[&'static str], fences: &[Option<u64>]| {
+            let listener = Listener::bind(&Address::parse("127.0.0.1:0").expect("an address")).expect("a port");
+            let agent = Arc::new(Scripted { heeds_fences, ..scripted("node-1", lines) });
+            run(listener, &agent, |client, _| {
+                let stop = Request::StopWorkload { id: crate::workload::WorkloadId::new("a").expect("an id"), wait_ms: None };
+                assert!(matches!(client.change(&stop, 7, soon()), Ok(Reply::Pong { .. })));
+            });
+            assert_eq!(*agent.fences.lock().expect("not poisoned"), fences);
+        };
+        check(true, &[PONG], &[Some(7)]);
+        check(false, &[PONG], &[None]);
+        check(true, &["", PONG], &[Some(7), Some(7)]);
+        // Of a store that was lost; nothing of that one that comes later still has so high a number.
+        check(true, &[OVERTAKEN, PONG], &[Some(7), Some(40 + limits::REVISIONS_RESERVED)]);
+    }
+
+    #[test]
+    fn what_comes_after_a_raised_number_is_raised_as_well() {
+        let listener = Listener::bind(&Address::parse("127.0.0.1:0").expect("an address")).expect("a port");
+        let last = "{\"type\":\"Error\",\"code\":\"Unavailable\",\"message\":\"late\",\"fence\":9007199254740991}\n";
+        let agent = Arc::new(scripted("node-1", &[OVERTAKEN, PONG, PONG, last, PONG]));
+        run(listener, &agent, |client, _| {
+            let stop = Request::StopWorkload { id: crate::workload::WorkloadId::new("a").expect("an id"), wait_ms: None };
+            for fence in [7, 8, 9] {
+                assert!(client.change(&stop, fence, soon()).is_ok());
+            }
+        });
+        let raised = |fence: u64| Some(fence + 33 + limits::REVISIONS_RESERVED);
+        let expect = [Some(7), raised(7), raised(8), raised(9), Some(agent::FENCE_MAX)];
+        assert_eq!(*agent.fences.lock().expect("not poisoned"), expect);
     }
 
     #[test]

@@ -243,7 +243,8 @@ impl Plane {
 
     fn ask(&self, record: &Record, request: &Request, ms: u64, phase: &'static str) -> Result<Reply, Error> {
         let node = self.nodes.get(&record.node).ok_or(Error::NoSuchNode)?;
-        node.client.request(request, Deadline::within_ms(ms, phase))
+        let deadline = Deadline::within_ms(ms, phase);
+        if request.is_change() { node.client.change(request, record.revision, deadline) } else { node.client.request(request, deadline) }
     }
 
     /// Notes what an agent replied.

@@ -129,6 +129,7 @@ pub(crate) mod tests {
             allocated: Resources::default(),
             labels: [("zone".to_owned(), Value::from(name))].into_iter().collect(),
             version: "1".into(),
+            features: Vec::new(),
             host_kernel: "6".into(),
             started_at,
             observed_at: None,

@@ -5,6 +5,8 @@
 //! What the shapes alone do not say:
 //!
 //! - `StartWorkload` answered with `Error` was not taken. It is idempotent, as are all but `Exec`.
+//! - `StartWorkload`, `StopWorkload`, `UpdateWorkload` and `DeleteWorkload` may have a `fence`, a number that their sender lets grow. Of
+//!   those about one id, one with a lower number than the highest seen is refused with `Unavailable` and that number: it came late.
 //! - `UpdateWorkload` answers `Status`. It changes nothing that runs: labels are for selectors.
 //! - `StopWorkload` without `wait_ms` answers at once. `DeleteWorkload` answers `Deleted` when nothing is left, `NotFound` when
 //!   nothing was there, and `DeadlineExceeded` when it takes longer than `wait_ms`: then it goes on, and a `DELETED` event tells its end.
@@ -177,13 +179,15 @@ impl LogStream {
     }
 }
 
-/// A line from outside: the request, and what to echo.
+/// A line from outside: the request, and what comes with it.
 #[derive(Debug)]
 pub struct Received {
     /// Given back with every reply.
     pub seq: Option<Value>,
     /// The id the line names, for the error's sake.
     pub id: Option<String>,
+    /// The number of a request that changes a workload: of those about one id, one with a lower number than the highest seen is refused.
+    pub fence: Option<u64>,
     /// The request, or every rule the line breaks.
     pub request: Result<Request, Problems>,
 }
@@ -195,8 +199,8 @@ impl Request {
         let fields = parse(line).map(|value| Fields::of(value, "", &mut problems));
         let mut fields = match fields {
             Ok(Some(fields)) => fields,
-            Ok(None) => return Received { seq: None, id: None, request: Err(problems) },
-            Err(problems) => return Received { seq: None, id: None, request: Err(problems) },
+            Ok(None) => return Received { seq: None, id: None, fence: None, request: Err(problems) },
+            Err(problems) => return Received { seq: None, id: None, fence: None, request: Err(problems) },
         };
         let seq = fields.take("seq");
         let seq_fits = seq.as_ref().is_none_or(|s| s.is_number() || s.as_str().is_some_and(|s| s.len() <= limits::NAME_BYTES_MAX));
@@ -204,14 +208,33 @@ impl Request {
             fields.problem("seq", format!("must be a number or a string of at most {} bytes", limits::NAME_BYTES_MAX));
         }
         let (request, id) = read(&mut fields);
+        // Of any other request it is a field that nobody knows.
+        let is_change = request.as_ref().is_none_or(Self::is_change);
+        let fence = if is_change { fields.integer("fence", 0, FENCE_MAX) } else { None };
         fields.finish();
         let request = request.filter(|_| problems.is_empty()).ok_or(problems);
-        Received { seq: seq.filter(|_| seq_fits), id, request }
+        Received { seq: seq.filter(|_| seq_fits), id, fence, request }
     }
 
-    /// The line that [`Request::parse`] reads back, newline included.
-    pub fn to_line(&self) -> Vec<u8> {
-        let value = match self {
+    /// Whether it changes what is wished of one workload.
+    pub fn is_change(&self) -> bool {
+        match self {
+            Self::DeleteWorkload { .. } | Self::StartWorkload { .. } | Self::StopWorkload { .. } | Self::UpdateWorkload { .. } => true,
+            Self::Auth { .. }
+            | Self::CollectImages { .. }
+            | Self::Exec { .. }
+            | Self::GetLogs(_)
+            | Self::GetNode
+            | Self::GetStatus { .. }
+            | Self::ListWorkloads { .. }
+            | Self::Ping
+            | Self::Watch { .. } => false,
+        }
+    }
+
+    /// The line that [`Request::parse`] reads back, newline included. Only a change has a `fence`.
+    pub fn to_line(&self, fence: Option<u64>) -> Vec<u8> {
+        let mut value = match self {
             Self::Auth { token } => json!({"type": "Auth", "token": token}),
             Self::CollectImages { dry_run } => json!({"type": "CollectImages", "dry_run": dry_run}),
             Self::DeleteWorkload { id, wait_ms } => json!({"type": "DeleteWorkload", "id": id.as_str(), "wait_ms": wait_ms}),
@@ -237,6 +260,9 @@ impl Request {
             Self::UpdateWorkload { id, labels } => json!({"type": "UpdateWorkload", "id": id.as_str(), "labels": labels}),
             Self::Watch { since } => json!({"type": "Watch", "since": since}),
         };
+        if let (Some(fence), true, Some(fields)) = (fence, self.is_change(), value.as_object_mut()) {
+            fields.insert("fence".into(), fence.into());
+        }
         let mut line = value.to_string().into_bytes();
         line.push(b'\n');
         line
@@ -244,7 +270,13 @@ impl Request {
 }
 
 /// The largest whole number that every reader of JSON keeps exactly (RFC 8259, section 6).
-const REVISION_MAX: u64 = (1 << 53) - 1;
+const INTEGER_MAX: u64 = (1 << 53) - 1;
+
+/// The largest `fence`.
+pub const FENCE_MAX: u64 = INTEGER_MAX;
+
+/// The feature of an agent that heeds a `fence`.
+pub const FEATURE_FENCE: &str = "fence";
 
 /// The types of requests, for the error that lists them.
 const TYPES: &str = "Auth, CollectImages, DeleteWorkload, Exec, GetLogs, GetNode, GetStatus, ListWorkloads, Ping, StartWorkload, StopWorkload, \
@@ -330,7 +362,7 @@ fn read(fields: &mut Fields<'_>) -> (Option<Request>, Option<String>) {
             let labels = inner.as_mut().map(|inner| workload::labels(inner, "labels"));
             id.zip(labels).map(|(id, labels)| Request::UpdateWorkload { id, labels })
         }
-        "Watch" => Some(Request::Watch { since: fields.integer("since", 0, REVISION_MAX) }),
+        "Watch" => Some(Request::Watch { since: fields.integer("since", 0, INTEGER_MAX) }),
         _ => {
             fields.problem("type", format!("unknown type; must be one of {TYPES}"));
             None
@@ -403,6 +435,9 @@ pub struct ErrorReply {
     /// Each rule the request breaks.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub errors: Vec<ProblemBody>,
+    /// Why it was refused: it has a lower `fence` than this one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fence: Option<u64>,
 }
 
 /// One rule a body breaks.
@@ -533,6 +568,9 @@ pub struct Node {
     pub labels: Map<String, Value>,
     /// Of the agent.
     pub version: String,
+    /// What it can that an agent of an earlier version cannot: `fence`.
+    #[serde(default)]
+    pub features: Vec<String>,
     /// The node's kernel release.
     pub host_kernel: String,
     /// When the agent started.
@@ -591,7 +629,7 @@ pub struct Resources {
 impl Reply {
     /// An error without a list of rules.
     pub fn error(code: ErrorCode, message: impl Into<String>, id: Option<String>) -> Self {
-        Self::Error(ErrorReply { code, message: message.into(), id, errors: Vec::new() })
+        Self::Error(ErrorReply { code, message: message.into(), id, errors: Vec::new(), fence: None })
     }
 
     /// The line, newline included, with `seq` echoed.
@@ -626,8 +664,10 @@ mod tests {
     use super::*;
 
     fn round_trip(request: &Request) {
-        let received = Request::parse(&request.to_line());
-        assert_eq!(received.request.as_ref(), Ok(request), "{:?}", String::from_utf8_lossy(&request.to_line()));
+        let line = request.to_line(Some(FENCE_MAX));
+        let received = Request::parse(&line);
+        assert_eq!(received.request.as_ref(), Ok(request), "{:?}", String::from_utf8_lossy(&line));
+        assert_eq!(received.fence, request.is_change().then_some(FENCE_MAX));
     }
 
     fn id() -> WorkloadId {
@@ -675,6 +715,9 @@ mod tests {
         check(r#"{"type":"StartWorkload","workload":{"id":"a","image":"b"}}"#, "/workload/runtime_class: is required");
         check(r#"{"type":"StartWorkload"}"#, "/workload: is required");
         check(r#"{"type":"Ping","seq":[]}"#, "/seq: must be a number or a string");
+        check(r#"{"type":"GetStatus","id":"a","fence":1}"#, "/fence: unknown field");
+        check(r#"{"type":"StopWorkload","id":"a","fence":-1}"#, "/fence: must be");
+        check(r#"{"type":"StopWorkload","id":"a","fence":9007199254740992}"#, "/fence: must be");
         check(r#"{"type":"Exec","id":"a"}"#, "/command: must have at least one word");
         check(r#"{"type":"GetLogs","id":"a","since":"today"}"#, "/since: must be an RFC 3339 time");
         let received = Request::parse(br#"{"type":"GetStatus","id":"wl-1","seq":7,"x":1}"#);

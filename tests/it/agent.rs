@@ -759,3 +759,33 @@ mod sim_alone {
         eventually("the follower's thread ends", 5000, || (agent.connections() <= own).then_some(()));
     }
 }
+
+#[test]
+fn a_change_that_comes_late_is_refused_by_its_fence() {
+    let place = Place::sim(&[]);
+    let agent = place.agent(&[]);
+    assert!(agent.node().features.iter().any(|feature| feature == "fence"));
+    let change = |kind: &str, fence: u64| agent.ask(&json!({"type": kind, "id": "web", "fence": fence, "wait_ms": 5000}));
+    let start = |fence: u64| {
+        let workload = json!({"id": "web", "image": "busybox", "runtime_class": "gvisor", "args": ["sleep", "1000"]});
+        agent.ask(&json!({"type": "StartWorkload", "workload": workload, "fence": fence, "wait_ms": 5000}))
+    };
+    let late = |reply: Reply, seen: u64| {
+        let error = expect_error(reply);
+        assert_eq!((error.code, error.fence, error.id.as_deref()), (ErrorCode::Unavailable, Some(seen), Some("web")), "{error:?}");
+    };
+
+    // Deleted before its start came: that start may not bring it to life.
+    assert_eq!(expect_error(change("DeleteWorkload", 7)).code, ErrorCode::NotFound);
+    late(start(6), 7);
+    assert_eq!(agent.list(), []);
+    assert_eq!(place.calls().iter().filter(|call| call.contains("RunPodSandbox")).count(), 0);
+
+    // The next of this id lives, whatever was still on its way to the one before it.
+    assert_eq!(expect_status(start(8)).0, State::Running);
+    late(change("DeleteWorkload", 7), 8);
+    late(change("StopWorkload", 7), 8);
+    late(agent.ask(&json!({"type": "UpdateWorkload", "id": "web", "labels": {}, "fence": 7})), 8);
+    assert_eq!(agent.status("web").0, State::Running);
+    assert!(matches!(change("DeleteWorkload", 9), Reply::Deleted { .. }));
+}

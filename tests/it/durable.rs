@@ -328,7 +328,12 @@ fn a_store_goes_out_and_in() {
     until("it is a stranger now", || strangers() == json!(1));
     assert!(is_gone(&plane, "a"));
     assert_eq!(agent.status("a").0, State::Running);
+    // Asked for in the same words it is adopted. The agent has seen higher numbers than this new store has.
+    assert_eq!(plane.post("/workloads?wait_ms=5000", &with(sleeper(&place, "a"), json!({"env": {"PASSWORD": "secret"}}))).status, 201);
+    assert_eq!(plane.workload("a")["state"], "Running");
     assert_eq!(starts(&place), 1);
+    plane.delete("a");
+    until("nothing is left", || agent.list().is_empty() && strangers() == json!(0));
 }
 
 /// Needs root, for a file system of its own that is small.

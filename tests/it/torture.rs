@@ -73,7 +73,7 @@ fn requests_of_the_line_protocol() {
         assert!(received.id.is_none_or(|id| WorkloadId::new(&id).is_ok()));
         match received.request {
             // What is understood is said again in the same words.
-            Ok(request) => assert_eq!(Request::parse(&request.to_line()).request, Ok(request)),
+            Ok(request) => assert_eq!(Request::parse(&request.to_line(None)).request, Ok(request)),
             Err(problems) => assert!((1..=limits::PROBLEMS_MAX).contains(&problems.as_slice().len())),
         }
     });

@@ -50,7 +50,15 @@ fn class() -> Class {
 
 impl House {
     fn accept(&self, workload: Workload) -> Result<(State, Status), Refusal> {
-        self.registry.accept(workload, class(), 0)
+        self.registry.accept(workload, class(), 0, None)
+    }
+
+    fn stop(&self) -> State {
+        self.registry.stop(&id(), None).expect("not overtaken").expect("known").0
+    }
+
+    fn delete(&self) {
+        assert_eq!(self.registry.delete(&id(), None), Ok(true));
     }
 }
 
@@ -146,7 +154,7 @@ fn terminal_never_changes() {
     house.registry.observe(&id(), "c", ending(Some(3), false));
     let before = house.registry.status(&id());
     house.registry.observe(&id(), "c", ending(Some(0), false));
-    house.registry.want_stop(&id(), Reason::Stopped, None);
+    house.stop();
     for known in house.registry.known() {
         house.registry.vanished(&known.id, known.version);
     }
@@ -157,7 +165,7 @@ fn terminal_never_changes() {
 fn stopping_before_the_start_ends_at_once() {
     let house = house();
     house.accept(workload(json!({}))).expect("accepted");
-    house.registry.want_stop(&id(), Reason::Stopped, None);
+    house.stop();
     assert_eq!((state(&house), reason(&house)), (State::Failed, Some(Reason::Stopped)));
     assert!(house.registry.begin_start(&id()).is_none(), "the queued start is passed over");
 }
@@ -168,7 +176,7 @@ fn stopping_during_the_start_cancels_it() {
     house.accept(workload(json!({}))).expect("accepted");
     let ticket = house.registry.begin_start(&id()).expect("to be started");
     assert!(!ticket.is_cancelled());
-    house.registry.want_stop(&id(), Reason::Stopped, None);
+    house.stop();
     assert!(ticket.is_cancelled());
     assert_eq!(state(&house), State::Pending);
     ticket.finish(Err(failure(Reason::Stopped, false)));
@@ -192,7 +200,7 @@ fn a_stop_that_comes_with_the_last_step_of_the_start_is_done_after_it() {
 #[test]
 fn deleting_stops_then_removes_then_forgets() {
     let house = running(json!({}), false);
-    assert!(house.registry.want_delete(&id()));
+    assert_eq!(house.registry.delete(&id(), None), Ok(true));
     let stop = house.registry.begin_end(&id()).expect("to be stopped");
     assert_eq!(stop.chore, Chore::Stop);
     assert_eq!(house.accept(workload(json!({}))).map(|_| ()), Err(Refusal::Leaving));
@@ -202,14 +210,14 @@ fn deleting_stops_then_removes_then_forgets() {
     assert_eq!(remove.chore, Chore::Remove);
     remove.finish(Ok(EndStep::Removed));
     assert_eq!(house.registry.uid(&id()), None);
-    assert!(!house.registry.want_delete(&id()));
+    assert_eq!(house.registry.delete(&id(), None), Ok(false));
 }
 
 #[test]
 fn deleting_what_waits_in_the_start_queue_needs_no_start_worker() {
     let house = house();
     house.accept(workload(json!({}))).expect("accepted");
-    house.registry.want_delete(&id());
+    house.delete();
     let remove = house.registry.begin_end(&house.ends.try_recv().expect("queued")).expect("to be removed");
     assert_eq!(remove.chore, Chore::Remove);
     assert!(house.registry.begin_start(&house.starts.try_recv().expect("stale")).is_none());
@@ -220,7 +228,7 @@ fn deleting_what_waits_in_the_start_queue_needs_no_start_worker() {
 #[test]
 fn a_failed_end_is_repeated_with_its_cause_shown() {
     let house = running(json!({}), false);
-    house.registry.want_stop(&id(), Reason::Stopped, None);
+    house.stop();
     house.registry.begin_end(&id()).expect("to be stopped").finish(Err("the runtime hangs".into()));
     let (state, status) = house.registry.status(&id()).expect("known");
     assert_eq!((state, status.last_error.as_deref()), (State::Running, Some("the runtime hangs")));
@@ -271,7 +279,7 @@ fn without_a_kernel_of_its_own_the_handler_is_all_there_is_to_verify() {
 fn a_stale_comparison_changes_nothing() {
     let house = running(json!({}), false);
     let version = house.registry.known()[0].version;
-    house.registry.want_stop(&id(), Reason::Stopped, None);
+    house.stop();
     house.registry.vanished(&id(), version);
     assert_eq!(state(&house), State::Running);
     let version = house.registry.known()[0].version;
@@ -305,7 +313,7 @@ fn a_watch_sees_what_is_and_every_change_in_order() {
     let watch = house.registry.watch(None).expect("a place");
     assert_eq!(watch.present.len(), 1);
     house.registry.begin_start(&id()).expect("to be started").finish(Ok((started(), false)));
-    house.registry.want_delete(&id());
+    house.delete();
     let events: Vec<_> = watch.events.try_iter().map(|e| (e.event, e.object.state, e.revision)).collect();
     assert_eq!(
         events.iter().map(|e| (e.0, e.1)).collect::<Vec<_>>(),
@@ -387,7 +395,7 @@ fn a_start_that_was_over_before_we_looked_ran_all_the_same() {
 #[test]
 fn a_polite_stop_holds_no_worker_and_is_followed_by_the_kill() {
     let house = running(json!({"stop_grace_ms": 2001}), false);
-    house.registry.want_stop(&id(), Reason::Stopped, None);
+    house.stop();
     let ticket = house.registry.begin_end(&id()).expect("to be stopped");
     assert_eq!(ticket.grace_ms, 2001);
     ticket.finish(Ok(EndStep::Asked));
@@ -400,7 +408,7 @@ fn a_polite_stop_holds_no_worker_and_is_followed_by_the_kill() {
 #[test]
 fn a_delete_does_not_wait_for_a_stop_that_never_works() {
     let house = running(json!({}), false);
-    house.registry.want_delete(&id());
+    house.delete();
     for _ in 0..STOP_FAILURES_MAX {
         let mut inner = house.registry.lock();
         inner.entries.get_mut(&id()).expect("known").retry = None;
@@ -474,7 +482,7 @@ fn what_is_to_be_on_disk_is_neither_told_nor_done_before() {
     house.registry.observe(&id(), "c", ending(Some(0), false));
     assert_eq!((state(&house), house.ends.len()), (State::Running, 0), "its end is not on disk");
     let early = house.batch();
-    house.registry.want_delete(&id());
+    house.delete();
     house.registry.saved(early);
     assert_eq!((state(&house), house.ends.len()), (State::Running, 0), "what came after that is not on disk either");
     house.registry.saved(house.batch());
@@ -500,7 +508,7 @@ fn a_full_disk_refuses_what_is_new_and_keeps_what_is_not() {
     house.accept(workload(json!({}))).expect("the id is free");
     house.registry.saved(house.batch());
     assert_eq!((house.registry.settled(&id(), true), house.registry.trouble()), (Ok(()), None));
-    house.registry.want_stop(&id(), Reason::Stopped, None);
+    house.stop();
     house.registry.not_saved(house.batch(), "no space".into());
     assert_eq!(state(&house), State::Pending, "not stopped yet");
     house.registry.saved(house.batch());
@@ -589,9 +597,9 @@ fn a_start_that_waits_for_its_image_holds_no_worker_and_comes_back_with_it() {
 #[test]
 fn a_start_that_waits_for_its_image_ends_at_once_when_nobody_wants_it() {
     let house = pulling(json!({}));
-    assert_eq!(house.registry.want_stop(&id(), Reason::Stopped, None).map(|(state, _)| state), Some(State::Failed));
+    assert_eq!(house.stop(), State::Failed);
     let house = pulling(json!({}));
-    house.registry.want_delete(&id());
+    house.delete();
     assert_eq!(house.ends.try_recv(), Ok(id()));
     house.registry.finish_pull(&id(), &uid(&house), Ok(pulled()));
     assert!(house.starts.is_empty());
@@ -599,7 +607,7 @@ fn a_start_that_waits_for_its_image_ends_at_once_when_nobody_wants_it() {
     let house = self::house();
     house.accept(workload(json!({}))).expect("accepted");
     let ticket = house.registry.begin_start(&id()).expect("to be started");
-    house.registry.want_stop(&id(), Reason::Stopped, None);
+    house.stop();
     assert!(!ticket.park(), "nobody is to bring it back");
     assert_eq!((state(&house), reason(&house)), (State::Failed, Some(Reason::Stopped)));
 }
@@ -634,7 +642,7 @@ fn a_stop_that_comes_while_its_end_is_seen_ends_it() {
     house.registry.ail(&id(), "c", Reason::SandboxDied, "dead".into());
     let stop = house.registry.begin_end(&id()).expect("to be stopped");
     house.registry.observe(&id(), "c", ending(Some(1), false));
-    house.registry.want_stop(&id(), Reason::Stopped, None);
+    house.stop();
     stop.finish(Ok(EndStep::Gone));
     assert_eq!((state(&house), reason(&house)), (State::Failed, Some(Reason::Stopped)));
 }
@@ -642,9 +650,9 @@ fn a_stop_that_comes_while_its_end_is_seen_ends_it() {
 #[test]
 fn a_second_wish_does_not_shorten_the_grace() {
     let house = running(json!({"stop_grace_ms": 60_000}), false);
-    house.registry.want_stop(&id(), Reason::Stopped, None);
+    house.stop();
     house.registry.begin_end(&id()).expect("to be stopped").finish(Ok(EndStep::Asked));
-    house.registry.want_delete(&id());
+    house.delete();
     let again = house.registry.begin_end(&id()).expect("to be stopped");
     assert!((50_000..60_000).contains(&again.grace_ms), "{}", again.grace_ms);
 }
@@ -664,12 +672,41 @@ fn the_last_event_is_the_deletion() {
     house.accept(workload(json!({}))).expect("accepted");
     house.registry.saved(house.batch());
     let watch = house.registry.watch(None).expect("a place");
-    house.registry.want_delete(&id());
+    house.delete();
     house.registry.saved(house.batch());
     house.registry.begin_end(&id()).expect("to be removed").finish(Ok(EndStep::Removed));
-    house.registry.update_labels(&id(), BTreeMap::from([("a".to_owned(), "b".to_owned())]));
+    let labels = BTreeMap::from([("a".to_owned(), "b".to_owned())]);
+    assert!(house.registry.update_labels(&id(), labels, None).is_ok_and(|seen| seen.is_some()));
     house.registry.saved(house.batch());
     let kinds: Vec<EventKind> = watch.events.try_iter().map(|event| event.event).collect();
     assert_eq!(kinds, [EventKind::Modified, EventKind::Deleted]);
     assert!(house.registry.uid(&id()).is_none());
+}
+
+#[test]
+fn of_numbered_requests_about_one_id_the_late_ones_are_refused() {
+    let house = house();
+    let accept = |fence| house.registry.accept(workload(json!({})), class(), 0, Some(fence)).map(|(state, _)| state);
+    assert_eq!(house.registry.delete(&id(), Some(7)), Ok(false), "it is not here, and no start from before may bring it");
+    assert_eq!(accept(5), Err(Refusal::Overtaken(Overtaken(7))));
+    assert_eq!(house.registry.present(&workload(json!({})), Some(6)), Some(Err(Refusal::Overtaken(Overtaken(7)))));
+    assert!(house.registry.uid(&id()).is_none());
+    assert_eq!(accept(8), Ok(State::Pending));
+    assert_eq!(accept(8), Ok(State::Pending), "the same request, sent again");
+    assert_eq!(house.registry.delete(&id(), Some(7)), Err(Overtaken(8)));
+    assert_eq!(house.registry.stop(&id(), Some(7)), Err(Overtaken(8)));
+    assert_eq!(house.registry.update_labels(&id(), BTreeMap::new(), Some(7)), Err(Overtaken(8)));
+    assert_eq!(house.registry.status(&id()).map(|(state, _)| state), Some(State::Pending), "nothing of that was done");
+    assert_eq!(house.stop(), State::Failed, "whoever does not number asks as ever");
+}
+
+#[test]
+fn numbers_are_kept_for_so_many_ids() {
+    let house = house();
+    let id = |i: usize| WorkloadId::new(&format!("w{i}")).expect("valid");
+    for i in 0..=limits::FENCES_MAX {
+        assert_eq!(house.registry.delete(&id(i), Some(10 + i as u64)), Ok(false));
+    }
+    assert_eq!(house.registry.delete(&id(0), Some(1)), Ok(false), "the lowest number of all was forgotten");
+    assert_eq!(house.registry.delete(&id(2), Some(1)), Err(Overtaken(12)));
 }

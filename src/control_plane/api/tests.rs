@@ -236,7 +236,7 @@ fn an_agent_s_pointers_become_those_of_the_body() {
     let node = Name::new("n").expect("a name");
     let body = |pointer: &str| ProblemBody { pointer: pointer.into(), detail: "d".into() };
     let errors = vec![body("/workload/mounts/0"), body("/wait_ms")];
-    let reply = ErrorReply { code: ErrorCode::InvalidArgument, message: "m".into(), id: None, errors };
+    let reply = ErrorReply { code: ErrorCode::InvalidArgument, message: "m".into(), id: None, errors, fence: None };
     let refusal = Refusal::refused(&node, reply);
     assert_eq!((refusal.status.code(), refusal.detail.as_str()), (422, "n: m"));
     assert_eq!(refusal.errors, [body("/mounts/0"), body("/wait_ms")]);
