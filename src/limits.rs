@@ -317,6 +317,9 @@ pub const LOG_CHECK_MS_DEFAULT: u64 = 500;
 pub const LOG_CHECK_MS_MIN: u64 = 20;
 /// Between two looks at the size of a log, as configured.
 pub const LOG_CHECK_MS_MAX: u64 = 60_000;
+/// One that stays quiet is looked at after so many times the configured pause: 2 s by default. With hundreds of workloads the looks are
+/// most of what an agent at rest does.
+pub const LOG_QUIET_CHECKS_MAX: u64 = 4;
 /// What a workload writes to last is worth keeping up to this, even where there is no space.
 pub const LOG_SPARE_BYTES: u64 = 64 * 1024;
 

@@ -23,6 +23,7 @@ use crate::net::{self, Stream};
 use crate::report::Chain;
 use crate::wire::agent::{
     Class as ClassBody, Condition, ErrorCode, ErrorReply, ExecResult, FEATURE_FENCE, LogRequest, Node, Received, Reply, Request, Until,
+    WorkloadsLine,
 };
 use crate::wire::{Problems, api, workload as wire_workload};
 use crate::workload::{State, Workload, WorkloadId};
@@ -105,8 +106,11 @@ struct Client<'a> {
 
 impl Client<'_> {
     fn send(&mut self, reply: &Reply) -> Result<(), Hangup> {
-        let line = reply.to_line(self.seq.as_ref());
-        Ok(self.stream.write_all(&line, Deadline::within_ms(limits::WRITE_MS_MAX, "reply"))?)
+        self.send_line(&reply.to_line(self.seq.as_ref()))
+    }
+
+    fn send_line(&mut self, line: &[u8]) -> Result<(), Hangup> {
+        Ok(self.stream.write_all(line, Deadline::within_ms(limits::WRITE_MS_MAX, "reply"))?)
     }
 
     fn is_stopping(&self) -> bool {
@@ -140,7 +144,7 @@ fn handle(agent: &Agent, request: Request, fence: Option<u64>, client: &mut Clie
             let (until, ms) = wait.unwrap_or((Until::Started, 0));
             status_reply(agent, &id, agent.registry.wait(&id, until, Deadline::within_ms(ms, "wait"), client.stopping))
         }
-        Request::ListWorkloads { after, limit } => list(agent, after.as_ref(), limit),
+        Request::ListWorkloads { after, limit } => return list(agent, after.as_ref(), limit, client),
         Request::Ping => Reply::Pong { version: env!("CARGO_PKG_VERSION").into() },
         Request::StartWorkload { workload, wait_ms } => start(agent, *workload, wait_ms, fence, client),
         Request::StopWorkload { id, wait_ms } => {
@@ -336,20 +340,20 @@ fn collect_images(agent: &Agent, dry_run: bool) -> Reply {
     }
 }
 
-fn list(agent: &Agent, after: Option<&WorkloadId>, limit: usize) -> Reply {
+fn list(agent: &Agent, after: Option<&WorkloadId>, limit: usize, client: &mut Client<'_>) -> Result<(), Hangup> {
     if let Some(error) = uncertain(agent, None) {
-        return error;
+        return client.send(&error);
     }
-    let mut limit = limit;
+    let (mut workloads, mut is_more) = agent.registry.page(after, limit);
     loop {
-        let (workloads, is_more) = agent.registry.page(after, limit);
-        let last = workloads.last().and_then(|object| object.spec.get("id")).and_then(Value::as_str).map(str::to_owned);
-        let reply = Reply::Workloads { workloads, r#continue: last.filter(|_| is_more) };
+        let last = workloads.last().map(|snapshot| snapshot.id().as_str());
+        let line = WorkloadsLine { workloads: &workloads, r#continue: last.filter(|_| is_more), seq: client.seq.as_ref() }.to_line();
         // A reply is a line, and a line has its limit: large workloads come in smaller pages.
-        if limit <= 1 || reply.to_line(None).len() < limits::LINE_BYTES_MAX - 1024 {
-            return reply;
+        if workloads.len() <= 1 || line.len() <= limits::LINE_BYTES_MAX {
+            return client.send_line(&line);
         }
-        limit /= 2;
+        workloads.truncate(workloads.len() / 2);
+        is_more = true;
     }
 }
 
@@ -461,16 +465,16 @@ fn watch(agent: &Agent, since: Option<u64>, client: &mut Client<'_>) -> Result<(
             return client.send(&Reply::error(ErrorCode::NotFound, message, None));
         }
     };
-    for event in watch.present {
-        client.send(&Reply::Event(event))?;
+    for news in watch.present {
+        client.send(&Reply::Event(news.event()))?;
     }
     client.send(&Reply::Heartbeat { time: Timestamp::now(), revision: watch.revision })?;
     let mut quiet = Stopwatch::start();
     while !client.is_stopping() {
         // In slices, so that stopping is noticed.
         match watch.events.recv_timeout(Duration::from_millis(limits::LOG_FOLLOW_MS)) {
-            Ok(event) => {
-                client.send(&Reply::Event((*event).clone()))?;
+            Ok(news) => {
+                client.send(&Reply::Event(news.event()))?;
                 quiet = Stopwatch::start();
             }
             Err(RecvTimeoutError::Timeout) if client.is_heartbeat_due(&quiet) => {

@@ -28,13 +28,13 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use crate::cri::runtime::{Class, Observed};
 use crate::deadline::{Deadline, Stopwatch, Timestamp};
 use crate::limits;
-use crate::wire::agent::{Event, EventKind, Object, Resources, Until};
+use crate::wire::agent::{EventKind, Resources, Until};
 use crate::wire::record::{Ailing, Wanted};
 use crate::wire::status::{Isolation, Status};
 use crate::workload::{Health, Name, Phase, Reason, State, Workload, WorkloadId};
 
 pub use asks::{Overtaken, Refusal};
-pub use entry::Chore;
+pub use entry::{Chore, News, Snapshot};
 use entry::{Entry, Probe, Work};
 pub use journaled::{Batch, Restored};
 pub use tickets::{EndStep, EndTicket, StartTicket};
@@ -66,14 +66,15 @@ pub struct Queues {
 
 #[derive(Default)]
 struct Inner {
-    entries: BTreeMap<WorkloadId, Entry>,
+    /// Boxed, for a tree may keep room for twice as many.
+    entries: BTreeMap<WorkloadId, Box<Entry>>,
     fences: asks::Fences,
     /// Invariant: the sum of `Entry::spec_bytes`, `<= AGENT_SPECS_BYTES_MAX` but for adoptions.
     specs_bytes: usize,
     /// Of the last event. Its upper half counts the agent's starts, so that it never repeats.
     revision: u64,
     /// The last events, up to `WATCH_HISTORY_MAX` and `WATCH_HISTORY_BYTES_MAX`.
-    history: VecDeque<Arc<Event>>,
+    history: VecDeque<Arc<News>>,
     /// Of the specs in it, as JSON.
     history_bytes: usize,
     watchers: Vec<Watcher>,
@@ -97,7 +98,7 @@ impl Inner {
 }
 
 struct Watcher {
-    events: Sender<Arc<Event>>,
+    events: Sender<Arc<News>>,
     /// Dead when the watch is over.
     alive: Weak<()>,
 }
@@ -105,11 +106,11 @@ struct Watcher {
 /// Everything as it was when the watch began, or what it missed; and every change since.
 pub struct Watch {
     /// An `ADDED` for each workload, or every event since the revision it resumes from.
-    pub present: Vec<Event>,
+    pub present: Vec<Arc<News>>,
     /// Of the last change before the watch.
     pub revision: u64,
     /// Disconnected when its reader fell behind by more than `WATCH_EVENTS_MAX`.
-    pub events: Receiver<Arc<Event>>,
+    pub events: Receiver<Arc<News>>,
     _alive: Arc<()>,
 }
 
@@ -383,7 +384,7 @@ impl Registry {
 
     /// A workload's state and status.
     pub fn status(&self, id: &WorkloadId) -> Option<(State, Status)> {
-        self.lock().entries.get(id).filter(|entry| entry.is_visible()).map(seen)
+        self.lock().entries.get(id).filter(|entry| entry.is_visible()).map(|entry| entry.seen())
     }
 
     /// Why the journal cannot be written now.
@@ -414,8 +415,8 @@ impl Registry {
     /// The workload that has this container, and its version.
     pub fn find_container(&self, container_id: &str) -> Option<(WorkloadId, u64)> {
         let inner = self.lock();
-        let has = |entry: &&Entry| entry.made.as_ref().is_some_and(|m| m.container_id == container_id);
-        inner.entries.values().find(has).map(|entry| (entry.workload.id.clone(), entry.version))
+        let has = |entry: &Entry| entry.made.as_ref().is_some_and(|m| m.container_id == container_id);
+        inner.entries.values().find(|entry| has(entry)).map(|entry| (entry.workload.id.clone(), entry.version))
     }
 
     /// Waits until a workload is in such a state, gone, or the time is up; then as [`Registry::status`].
@@ -425,7 +426,7 @@ impl Registry {
             let entry = inner.entries.get(id).filter(|entry| entry.is_visible())?;
             let left = deadline.left();
             if until.is_reached(entry.view().0) || left.is_err() || stopping.load(Ordering::SeqCst) {
-                return Some(seen(entry));
+                return Some(entry.seen());
             }
             inner = self.wait_changed(inner, left.unwrap_or_default());
         }
@@ -447,13 +448,13 @@ impl Registry {
     }
 
     /// Workloads behind `after` in the order of their ids, and whether there are more.
-    pub fn page(&self, after: Option<&WorkloadId>, limit: usize) -> (Vec<Object>, bool) {
+    pub fn page(&self, after: Option<&WorkloadId>, limit: usize) -> (Vec<Snapshot>, bool) {
         use std::ops::Bound;
         let inner = self.lock();
         let from = after.map_or(Bound::Unbounded, Bound::Excluded);
         let all = inner.entries.range::<WorkloadId, _>((from, Bound::Unbounded));
         let mut rest = all.map(|(_, entry)| entry).filter(|entry| entry.is_visible());
-        let page = rest.by_ref().take(limit).map(Entry::object).collect();
+        let page = rest.by_ref().take(limit).map(|entry| entry.snapshot()).collect();
         (page, rest.next().is_some())
     }
 
@@ -470,20 +471,25 @@ impl Registry {
         let revision = inner.revision;
         let present = match since {
             None => {
-                let added = |entry: &Entry| Event { revision, event: EventKind::Added, object: entry.object() };
-                inner.entries.values().filter(|entry| entry.is_visible()).map(added).collect()
+                let added = |entry: &Entry| Arc::new(entry.news(revision, EventKind::Added));
+                inner.entries.values().filter(|entry| entry.is_visible()).map(|entry| added(entry)).collect()
             }
             Some(since) => {
                 // Revisions have no gaps, so the number of events since then is known.
                 let missed = revision.checked_sub(since).and_then(|missed| usize::try_from(missed).ok()).ok_or(NoWatch::Gone)?;
                 let from = inner.history.len().checked_sub(missed).ok_or(NoWatch::Gone)?;
-                inner.history.iter().skip(from).map(|event| (**event).clone()).collect()
+                inner.history.iter().skip(from).cloned().collect()
             }
         };
         let (sender, events) = bounded(limits::WATCH_EVENTS_MAX);
         let alive = Arc::new(());
         inner.watchers.push(Watcher { events: sender, alive: Arc::downgrade(&alive) });
         Ok(Watch { present, revision, events, _alive: alive })
+    }
+
+    /// Grows with every change of any entry, told or not.
+    pub fn version(&self) -> u64 {
+        self.lock().version
     }
 
     /// The revision of the last change.
@@ -519,7 +525,7 @@ impl Registry {
             attempt: entry.status.attempt,
             is_launched: entry.launched,
         };
-        inner.entries.values().map(known).collect()
+        inner.entries.values().map(|entry| known(entry)).collect()
     }
 
     /// Which acceptance of a workload is here; `None` when there is none.
@@ -587,15 +593,14 @@ impl Registry {
         entry.ledger.shown = None;
         if let Some(kind) = entry.ledger.owed.take() {
             inner.revision += 1;
-            let event = Arc::new(Event { revision: inner.revision, event: kind, object: entry.object() });
+            let news = Arc::new(entry.news(inner.revision, kind));
             // Dropping the sender of a watcher that is too slow, or gone, is how it learns.
-            inner.watchers.retain(|watcher| watcher.events.try_send(Arc::clone(&event)).is_ok());
-            let size = |event: &Event| serde_json::to_string(&event.object.spec).map_or(0, |spec| spec.len());
-            inner.history_bytes += size(&event);
-            inner.history.push_back(event);
+            inner.watchers.retain(|watcher| watcher.events.try_send(Arc::clone(&news)).is_ok());
+            inner.history_bytes += news.spec_bytes;
+            inner.history.push_back(news);
             while inner.history.len() > limits::WATCH_HISTORY_MAX || inner.history_bytes > limits::WATCH_HISTORY_BYTES_MAX {
                 let Some(oldest) = inner.history.pop_front() else { break };
-                inner.history_bytes = inner.history_bytes.saturating_sub(size(&oldest));
+                inner.history_bytes = inner.history_bytes.saturating_sub(oldest.spec_bytes);
             }
         }
         if entry.ledger.is_forgotten {
@@ -668,12 +673,6 @@ fn probed<'a>(inner: &'a mut Inner, id: &WorkloadId, container_id: &str) -> Opti
     let entry = inner.entries.get_mut(id)?;
     let is_it = entry.made.as_ref().is_some_and(|m| m.container_id == container_id);
     (is_it && entry.probe == Probe::Queued && entry.state == State::Running).then_some(entry)
-}
-
-/// What may be told of an entry.
-fn seen(entry: &Entry) -> (State, Status) {
-    let (state, status) = entry.view();
-    (state, status.clone())
 }
 
 #[cfg(test)]

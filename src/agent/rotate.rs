@@ -14,7 +14,8 @@
 //! space. Runtimes append, so they go on at its new end.
 //!
 //! How far a bound is exceeded depends on what a workload can write between two looks. A log that grows is looked at when it may be
-//! half way to its bound, but at least [`limits::LOG_CHECK_MS_MIN`] later; one that was quiet before, after [`LogLimits::check_ms`].
+//! half way to its bound, but at least [`limits::LOG_CHECK_MS_MIN`] later; one that was quiet before, after [`LogLimits::check_ms`], and
+//! up to [`limits::LOG_QUIET_CHECKS_MAX`] times that when it stays so.
 //!
 //! Invariant: nothing is removed before its space is given back, so a reader that has it open holds no space.
 //! Invariant: only directories that bear this node's mark are touched.
@@ -89,6 +90,7 @@ pub fn rotate_loop(agent: &Agent) {
         mark: work::mark(agent),
         tracks: BTreeMap::new(),
         listed: None,
+        listed_version: None,
         hopeless: None,
         unsaid: Dropped::default(),
         said: None,
@@ -103,6 +105,8 @@ struct Keeper<'a> {
     tracks: BTreeMap<WorkloadId, Track>,
     /// Until when the list of workloads is good.
     listed: Option<Deadline>,
+    /// The registry's version when that was made.
+    listed_version: Option<u64>,
     /// There is no space, and nothing more to drop: until when that is taken for granted.
     hopeless: Option<Deadline>,
     /// Dropped since that was last logged.
@@ -119,6 +123,8 @@ struct Track {
     last: Option<(Name, u64, Stopwatch)>,
     /// Bytes a second that it writes.
     pace: u64,
+    /// Looks in a row that found nothing new.
+    quiet: u64,
     /// When to look again.
     due: Option<Deadline>,
     /// The runtime did not open a file anew; when to ask again.
@@ -129,7 +135,7 @@ struct Track {
 
 impl Track {
     fn new(owner: Known) -> Self {
-        Self { owner, sizes: BTreeMap::new(), last: None, pace: 0, due: None, retry: None, is_broken: false }
+        Self { owner, sizes: BTreeMap::new(), last: None, pace: 0, quiet: 0, due: None, retry: None, is_broken: false }
     }
 
     fn is_running(&self) -> bool {
@@ -162,6 +168,7 @@ impl Track {
             // Who wrote fast a moment ago may do it again.
             self.pace = pace.max(self.pace / 2);
         }
+        self.quiet = if self.pace == 0 { self.quiet + 1 } else { 0 };
         self.last = Some((name, bytes, Stopwatch::start()));
     }
 }
@@ -181,7 +188,11 @@ impl Keeper<'_> {
     fn pass(&mut self) -> u64 {
         let check_ms = self.limits.check_ms;
         if is_due(self.listed) {
-            self.list();
+            let version = self.agent.registry.version();
+            if self.listed_version != Some(version) {
+                self.list();
+                self.listed_version = Some(version);
+            }
             self.listed = Some(Deadline::within_ms(check_ms, "logs"));
         }
         let due: Vec<WorkloadId> = self.tracks.iter().filter(|(_, track)| is_due(track.due)).map(|(id, _)| id.clone()).collect();
@@ -249,7 +260,8 @@ impl Keeper<'_> {
         let dir = self.agent.log_dir(&track.owner.id, &track.owner.uid);
         if let Some((name, bytes)) = track.unchanged(&dir).filter(|(_, bytes)| *bytes < file_bytes) {
             track.measure(name, bytes);
-            return Ok(half_way_ms(file_bytes - bytes, track.pace, idle_ms));
+            let ms_max = if track.is_running() { check_ms * track.quiet.clamp(1, limits::LOG_QUIET_CHECKS_MAX) } else { idle_ms };
+            return Ok(half_way_ms(file_bytes - bytes, track.pace, ms_max));
         }
         let Some(files) = ours(&dir, &self.mark)? else {
             track.forget();

@@ -626,6 +626,36 @@ pub struct Resources {
     pub workloads: u64,
 }
 
+/// The line of a [`Reply::Workloads`] whose objects are made one by one, as they are written.
+#[derive(Debug, Serialize)]
+#[serde(tag = "type", rename = "Workloads")]
+pub struct WorkloadsLine<'a, T> {
+    /// What is written as an [`Object`].
+    pub workloads: &'a [T],
+    /// Behind which id there are more.
+    pub r#continue: Option<&'a str>,
+    /// Echoed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seq: Option<&'a Value>,
+}
+
+impl<T: Serialize> WorkloadsLine<'_, T> {
+    /// The line, newline included.
+    pub fn to_line(&self) -> Vec<u8> {
+        line_of(self)
+    }
+}
+
+fn line_of(reply: &impl Serialize) -> Vec<u8> {
+    let mut line = serde_json::to_vec(reply).unwrap_or_else(|error| {
+        // Our own types have string keys and no floats; should that ever change, the peer still gets an answer.
+        log::error!("a reply cannot be written: {error}");
+        br#"{"type":"Error","code":"Internal","message":"the reply cannot be written"}"#.to_vec()
+    });
+    line.push(b'\n');
+    line
+}
+
 impl Reply {
     /// An error without a list of rules.
     pub fn error(code: ErrorCode, message: impl Into<String>, id: Option<String>) -> Self {
@@ -641,13 +671,7 @@ impl Reply {
             #[serde(skip_serializing_if = "Option::is_none")]
             seq: Option<&'a Value>,
         }
-        let mut line = serde_json::to_vec(&Line { reply: self, seq }).unwrap_or_else(|error| {
-            // Our own types have string keys and no floats; should that ever change, the peer still gets an answer.
-            log::error!("a reply cannot be written: {error}");
-            br#"{"type":"Error","code":"Internal","message":"the reply cannot be written"}"#.to_vec()
-        });
-        line.push(b'\n');
-        line
+        line_of(&Line { reply: self, seq })
     }
 
     /// Reads a line of an agent; unknown fields are ignored, an unknown type is an error.
@@ -722,6 +746,19 @@ mod tests {
         check(r#"{"type":"GetLogs","id":"a","since":"today"}"#, "/since: must be an RFC 3339 time");
         let received = Request::parse(br#"{"type":"GetStatus","id":"wl-1","seq":7,"x":1}"#);
         assert_eq!((received.seq, received.id), (Some(7.into()), Some("wl-1".into())));
+    }
+
+    #[test]
+    fn a_line_of_workloads_is_the_reply_of_that_name() {
+        let object = Object { spec: Map::new(), state: State::Running, status: Box::new(Status::accepted(None)) };
+        let reply = |r#continue: Option<&str>| Reply::Workloads {
+            workloads: vec![object.clone(), object.clone()],
+            r#continue: r#continue.map(str::to_owned),
+        };
+        for (r#continue, seq) in [(None, None), (Some("a"), Some(&Value::from(7)))] {
+            let line = WorkloadsLine { workloads: &[object.clone(), object.clone()], r#continue, seq }.to_line();
+            assert_eq!(String::from_utf8_lossy(&line), String::from_utf8_lossy(&reply(r#continue).to_line(seq)));
+        }
     }
 
     #[test]

@@ -109,7 +109,7 @@ impl Registry {
             entry.ledger.is_accept_saved = false;
             self.publish(inner, &workload.id, EventKind::Modified);
         }
-        inner.entries.get(&workload.id).map(seen).map(Ok)
+        inner.entries.get(&workload.id).map(|entry| entry.seen()).map(Ok)
     }
 
     /// Asks for a workload's end; `None` when there is no such workload.
@@ -143,7 +143,7 @@ impl Registry {
             }
             self.publish(inner, id, EventKind::Modified);
         }
-        inner.entries.get(id).map(seen)
+        inner.entries.get(id).map(|entry| entry.seen())
     }
 
     /// Replaces the labels of a workload; `None` when there is no such workload.
@@ -167,7 +167,7 @@ impl Registry {
             entry.ledger.is_accept_saved = false;
             self.publish(&mut inner, id, EventKind::Modified);
         }
-        Ok(inner.entries.get(id).map(seen))
+        Ok(inner.entries.get(id).map(|entry| entry.seen()))
     }
 
     /// Asks for a workload to be removed and forgotten; whether there is one.

@@ -5,16 +5,18 @@
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use serde::{Serialize, Serializer};
+
 use crate::cri::images::Image;
 use crate::cri::runtime::{Class, Ending};
 use crate::deadline::{Deadline, Stopwatch, Timestamp};
 use crate::limits;
 use crate::report::clip;
-use crate::wire::agent::{EventKind, Object};
+use crate::wire::agent::{Event, EventKind, Object};
 use crate::wire::record::{Ailing, Wanted};
 use crate::wire::status::Status;
 use crate::wire::workload::to_map;
-use crate::workload::{Reason, RestartPolicy, State, Workload};
+use crate::workload::{Reason, RestartPolicy, State, Workload, WorkloadId};
 
 pub(super) struct Entry {
     pub(super) workload: Arc<Workload>,
@@ -160,10 +162,60 @@ pub enum Chore {
     Stop,
 }
 
+/// What may be told of an entry at one moment; a fraction of the size of its JSON.
+#[derive(Debug)]
+pub struct Snapshot {
+    workload: Arc<Workload>,
+    is_env_known: bool,
+    state: State,
+    status: Box<Status>,
+}
+
+impl Snapshot {
+    /// Of which workload.
+    pub fn id(&self) -> &WorkloadId {
+        &self.workload.id
+    }
+
+    /// As every answer shows it. Values of the environment that are not known are `null`.
+    pub fn object(&self) -> Object {
+        let mut spec = to_map(&self.workload);
+        if let (false, Some(serde_json::Value::Object(env))) = (self.is_env_known, spec.get_mut("env")) {
+            env.values_mut().for_each(|value| *value = serde_json::Value::Null);
+        }
+        Object { spec, state: self.state, status: self.status.clone() }
+    }
+}
+
+impl Serialize for Snapshot {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        self.object().serialize(serializer)
+    }
+}
+
+/// A change, as it is kept for whoever watches.
+#[derive(Debug)]
+pub struct News {
+    /// Of the change.
+    pub revision: u64,
+    /// What happened.
+    pub kind: EventKind,
+    pub(super) snapshot: Snapshot,
+    /// Of its spec, as JSON.
+    pub(super) spec_bytes: usize,
+}
+
+impl News {
+    /// As it goes over the wire.
+    pub fn event(&self) -> Event {
+        Event { revision: self.revision, event: self.kind, object: self.snapshot.object() }
+    }
+}
+
 impl Entry {
     /// A workload that is pending and wanted, and nothing else.
-    pub(super) fn new(workload: Workload, uid: &str, class: Class, endpoint: usize, status: Status) -> Self {
-        Self {
+    pub(super) fn new(workload: Workload, uid: &str, class: Class, endpoint: usize, status: Status) -> Box<Self> {
+        Box::new(Self {
             start_deadline: Deadline::within_ms(workload.spec.start_deadline_ms, "start"),
             spec_bytes: serde_json::Value::Object(to_map(&workload)).to_string().len(),
             workload: Arc::new(workload),
@@ -200,7 +252,7 @@ impl Entry {
             is_rebooted: false,
             ledger: Ledger::default(),
             version: 0,
-        }
+        })
     }
 
     pub(super) fn chore(&self) -> Option<Chore> {
@@ -228,6 +280,12 @@ impl Entry {
         self.ledger.shown.as_ref().map_or((self.state, &self.status), |(state, status, _)| (*state, status))
     }
 
+    /// What may be told, to keep.
+    pub(super) fn seen(&self) -> (State, Status) {
+        let (state, status) = self.view();
+        (state, status.clone())
+    }
+
     /// There is something that may be told.
     pub(super) fn is_visible(&self) -> bool {
         self.ledger.saved > 0
@@ -247,13 +305,14 @@ impl Entry {
         self.ledger.held = self.ledger.change;
     }
 
-    pub(super) fn object(&self) -> Object {
-        let mut spec = to_map(self.ledger.shown.as_ref().map_or(&self.workload, |(_, _, workload)| workload));
-        if let (false, Some(serde_json::Value::Object(env))) = (self.is_env_known, spec.get_mut("env")) {
-            env.values_mut().for_each(|value| *value = serde_json::Value::Null);
-        }
+    pub(super) fn snapshot(&self) -> Snapshot {
+        let workload = self.ledger.shown.as_ref().map_or(&self.workload, |(_, _, workload)| workload);
         let (state, status) = self.view();
-        Object { spec, state, status: Box::new(status.clone()) }
+        Snapshot { workload: Arc::clone(workload), is_env_known: self.is_env_known, state, status: Box::new(status.clone()) }
+    }
+
+    pub(super) fn news(&self, revision: u64, kind: EventKind) -> News {
+        News { revision, kind, snapshot: self.snapshot(), spec_bytes: self.spec_bytes }
     }
 
     pub(super) fn owns(&self, sandbox_id: &str) -> bool {

@@ -60,7 +60,7 @@ impl Registry {
         Ok(())
     }
 
-    fn restored(&self, saved: Saved, endpoint: usize, boot_now: &str) -> Result<Entry, Problems> {
+    fn restored(&self, saved: Saved, endpoint: usize, boot_now: &str) -> Result<Box<Entry>, Problems> {
         let Accepted { id: _, uid, workload, is_env_known, endpoint: _, class } = saved.accepted;
         let mut problems = Problems::default();
         let workload = complete(serde_json::Value::Object(workload), "", &mut problems).filter(|_| problems.is_empty()).ok_or(problems)?;

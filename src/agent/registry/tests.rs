@@ -314,7 +314,7 @@ fn a_watch_sees_what_is_and_every_change_in_order() {
     assert_eq!(watch.present.len(), 1);
     house.registry.begin_start(&id()).expect("to be started").finish(Ok((started(), false)));
     house.delete();
-    let events: Vec<_> = watch.events.try_iter().map(|e| (e.event, e.object.state, e.revision)).collect();
+    let events: Vec<_> = watch.events.try_iter().map(|e| (e.kind, e.event().object.state, e.revision)).collect();
     assert_eq!(
         events.iter().map(|e| (e.0, e.1)).collect::<Vec<_>>(),
         [(EventKind::Modified, State::Running), (EventKind::Modified, State::Running)]
@@ -362,7 +362,7 @@ fn an_adopted_workload_is_the_same_whatever_its_secrets() {
     let (state, status) = house.registry.status(&id()).expect("known");
     assert_eq!((state, status.attempt, status.ip.as_deref()), (State::Running, 2, Some("10.0.0.1")));
     let (page, _) = house.registry.page(None, 1);
-    assert_eq!(page[0].spec["env"], json!({"TOKEN": null}), "a value nobody knows is not shown as empty");
+    assert_eq!(page[0].object().spec["env"], json!({"TOKEN": null}), "a value nobody knows is not shown as empty");
     assert_eq!(house.accept(workload(json!({"env": {"OTHER": "x"}}))).map(|_| ()), Err(Refusal::Differs));
     assert!(house.accept(workload(json!({"env": {"TOKEN": "x"}}))).is_ok());
     assert_eq!(house.accept(workload(json!({"env": {"TOKEN": "y"}}))).map(|_| ()), Err(Refusal::Differs));
@@ -389,7 +389,7 @@ fn a_start_that_was_over_before_we_looked_ran_all_the_same() {
     let over = Started { observed: Observed::Ended(ending), ..started() };
     house.registry.begin_start(&id()).expect("to be started").finish(Ok((over, true)));
     assert_eq!((state(&house), reason(&house)), (State::Failed, Some(Reason::Error)));
-    assert_eq!(watch.events.try_iter().map(|e| e.object.state).collect::<Vec<_>>(), [State::Running, State::Failed]);
+    assert_eq!(watch.events.try_iter().map(|e| e.event().object.state).collect::<Vec<_>>(), [State::Running, State::Failed]);
 }
 
 #[test]
@@ -445,7 +445,7 @@ fn pages_come_in_the_order_of_ids() {
         workload.spec.image = ImageRef::new("busybox").expect("valid");
         house.accept(workload).expect("accepted");
     }
-    let ids = |page: Vec<Object>| page.into_iter().map(|o| o.spec["id"].as_str().map(str::to_owned)).collect::<Vec<_>>();
+    let ids = |page: Vec<Snapshot>| page.into_iter().map(|o| o.object().spec["id"].as_str().map(str::to_owned)).collect::<Vec<_>>();
     let (page, more) = house.registry.page(None, 2);
     assert_eq!((ids(page), more), (vec![Some("a".into()), Some("b".into())], true));
     let (page, more) = house.registry.page(WorkloadId::new("b").ok().as_ref(), 2);
@@ -678,7 +678,7 @@ fn the_last_event_is_the_deletion() {
     let labels = BTreeMap::from([("a".to_owned(), "b".to_owned())]);
     assert!(house.registry.update_labels(&id(), labels, None).is_ok_and(|seen| seen.is_some()));
     house.registry.saved(house.batch());
-    let kinds: Vec<EventKind> = watch.events.try_iter().map(|event| event.event).collect();
+    let kinds: Vec<EventKind> = watch.events.try_iter().map(|news| news.kind).collect();
     assert_eq!(kinds, [EventKind::Modified, EventKind::Deleted]);
     assert!(house.registry.uid(&id()).is_none());
 }
