@@ -25,7 +25,7 @@ use crate::flags::{self, Environment, Flag, Given, Matches, Parsed, Takes, Usage
 use crate::limits;
 use crate::net::{Address, address};
 use crate::report;
-use crate::workload::{Name, Unfit};
+use crate::workload::{Name, Unfit, check_label};
 
 /// CRI sockets looked for when none is configured, the best one first: Edera, containerd, CRI-O.
 pub const CRI_SOCKETS: [&str; 3] = ["/var/lib/edera/protect/cri.socket", "/run/containerd/containerd.sock", "/run/crio/crio.sock"];
@@ -776,11 +776,11 @@ impl Reader {
     fn labels(&mut self, raw: BTreeMap<String, Spanned<String>>) -> BTreeMap<String, String> {
         let given = self.matches.all_given("label");
         let labels = if given.is_empty() {
-            self.map(raw, label)
+            self.map(raw, check_label)
         } else {
             let split = |text: &str| {
                 let (key, value) = text.split_once('=').ok_or(Unfit("must be KEY=VALUE".into()))?;
-                label(key, value).map(|()| (key.to_owned(), value.to_owned()))
+                check_label(key, value).map(|()| (key.to_owned(), value.to_owned()))
             };
             given.iter().filter_map(|given| self.check(given, split)).collect()
         };
@@ -931,23 +931,15 @@ fn node_flag(text: &str) -> Result<(Name, Address), Unfit> {
     Ok((Name::new(id)?, Address::parse(address).map_err(|e| Unfit(e.to_string()))?))
 }
 
-fn label(key: &str, value: &str) -> Result<(), Unfit> {
-    let fits = |text: &str| text.len() <= limits::LABEL_BYTES_MAX && !text.chars().any(char::is_control);
-    if fits(key) && fits(value) && !key.is_empty() {
-        Ok(())
-    } else {
-        Err(Unfit(format!(
-            "a label needs a key, and key and value of at most {} bytes without control characters",
-            limits::LABEL_BYTES_MAX
-        )))
-    }
-}
-
 fn annotation(key: &str, value: &str) -> Result<(), Unfit> {
     if key.starts_with("kakuri.dev/") {
         return Err(Unfit("annotations under kakuri.dev/ are the agent's own".into()));
     }
-    label(key, value)
+    let fits = |text: &str| text.len() <= limits::LABEL_BYTES_MAX && !text.chars().any(char::is_control);
+    if fits(key) && fits(value) && !key.is_empty() {
+        return Ok(());
+    }
+    Err(Unfit(format!("key and value must be at most {} bytes without control characters", limits::LABEL_BYTES_MAX)))
 }
 
 fn mount_root(text: &str) -> Result<PathBuf, Unfit> {

@@ -8,13 +8,14 @@
 //!
 //! | room | is |
 //! |---|---|
-//! | [`limits`] | every bound in the program, and the relations between them |
+//! | [`limits`] | the bounds on what comes from outside, and the relations between them |
 //! | [`deadline`] | deadlines that know their phase; the two clocks |
 //! | [`report`] | errors and log lines for people; exit codes |
 //! | [`metrics`] | counters and gauges, and their text form |
 //! | [`failpoint`] | where a test lets a daemon die |
 //! | [`workload`] | what runs, and its states; pure |
-//! | [`wire`] | every JSON shape: the line protocol ([`wire::agent`]), HTTP bodies ([`wire::api`]), strict reading ([`wire::json`]), what the store writes ([`wire::record`]) |
+//! | [`wire`] | every JSON shape: the line protocol ([`wire::agent`]), HTTP bodies ([`wire::api`]), strict reading ([`wire::json`]),
+//! | | what the agent's journal holds ([`wire::record`]) and what the store does ([`wire::stored`]) |
 //! | [`net`] | sockets with deadlines, listeners with slots, lines |
 //! | [`http`] | HTTP/1.1, server side |
 //! | [`grpc`] | gRPC on `h2` with blocking reads: [`grpc::pump`] is the trick, [`grpc::call`] the calls |
@@ -35,8 +36,8 @@
 //! - No state is invented: an unknown exit code is `null`, and `observed_at` says how old the truth is.
 //! - `agent` and `control_plane` never import each other; they meet in [`wire`]. Arrows point down the table above.
 //! - A crate from outside has one door: `h2`, `http`, `bytes` in [`grpc`] (and the server side in [`sim`]), `tokio` in [`grpc::pump`],
-//!   `prost` in [`cri`], `rustix` in [`agent`], [`deadline`] and the store, `redb` in the store of [`control_plane`], `httparse` in [`http`], `serde` in [`wire`]
-//!   and [`config`], `ureq` in [`cli`].
+//!   `prost` in [`cri`] and [`sim`], `rustix` in [`agent`], [`deadline`] and the store, `redb` in the store of [`control_plane`],
+//!   `httparse` in [`http`], `serde` in [`wire`] and [`config`], `ureq` in [`cli`]. JSON values, base64, RFC 3339 and channels are common.
 
 pub mod agent;
 pub mod cli;

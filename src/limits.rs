@@ -1,4 +1,5 @@
-//! Every bound in the program, in one place. A bound that is exceeded is an error that names it.
+//! The bounds on what comes from outside, or that more than one room must know, in one place. One that is exceeded is an error that
+//! names it.
 //!
 //! Units are in the names; `_MAX` stands last. Relations that must hold between bounds are asserted at the end.
 
@@ -18,8 +19,6 @@ pub const STACK_BYTES: usize = 256 * 1024;
 pub const CUT_OFF_MS: u64 = 1000;
 /// How long a stopping daemon waits for requests in flight.
 pub const DRAIN_MS: u64 = 10_000;
-/// How long a thread may take to notice that its connection was cut off.
-pub const CUT_MS: u64 = 1000;
 
 /// Nesting of any JSON text from outside.
 pub const JSON_DEPTH_MAX: usize = 32;

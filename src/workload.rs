@@ -222,6 +222,22 @@ impl fmt::Display for Name {
     }
 }
 
+/// Checks a label of a workload or a node; a selector asks for both in the same words.
+///
+/// # Errors
+/// [`Unfit`], with the rule.
+pub fn check_label(key: &str, value: &str) -> Result<(), Unfit> {
+    let is_word = |text: &str| text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-' | b'/'));
+    let fits = |text: &str| text.len() <= limits::LABEL_BYTES_MAX && is_word(text);
+    if key.is_empty() {
+        return Err(Unfit("a label needs a key".into()));
+    }
+    if fits(key) && fits(value) {
+        return Ok(());
+    }
+    Err(Unfit(format!("key and value must be at most {} of A-Z, a-z, 0-9, '.', '_', '-', '/'", limits::LABEL_BYTES_MAX)))
+}
+
 fn label(what: &str, text: &str) -> Result<String, Unfit> {
     let alphanumeric = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
     let bytes = text.as_bytes();

@@ -155,6 +155,7 @@ fn every_bad_agent_file_is_explained_with_its_line() {
     check("mount_roots = [\"/srv/../etc\"]", &["2: a mount root must be"]);
     check("mount_roots = [\"srv\"]", &["2: a mount root must be"]);
     check("[labels]\n\"\" = \"a\"", &["3: a label needs a key"]);
+    check("[labels]\nzone = \"rack 1\"", &["3: key and value must be at most 128 of A-Z"]);
     check("[runtime_classes.Bad]\nhandler = \"x\"", &["2: name must be"]);
     check("[runtime_classes.a]\nhandler = \"\"", &["3: handler must be 1 to"]);
     check("[runtime_classes.a]\nhandler = \"a/b\"", &["3: handler must be"]);

@@ -493,7 +493,7 @@ fn seccomp() -> proto::SecurityProfile {
 }
 
 /// Hidden from every workload: what tells of the host or reaches into it. CRI leaves the list to the client.
-const MASKED_PATHS: [&str; 12] = [
+pub const MASKED_PATHS: [&str; 12] = [
     "/proc/acpi",
     "/proc/asound",
     "/proc/interrupts",
@@ -509,7 +509,7 @@ const MASKED_PATHS: [&str; 12] = [
 ];
 
 /// Not writable, whoever asks.
-const READONLY_PATHS: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
+pub const READONLY_PATHS: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
 
 /// A sandbox of ours, as the runtime lists it.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -279,8 +279,8 @@ pub const FENCE_MAX: u64 = INTEGER_MAX;
 pub const FEATURE_FENCE: &str = "fence";
 
 /// The types of requests, for the error that lists them.
-const TYPES: &str = "Auth, CollectImages, DeleteWorkload, Exec, GetLogs, GetNode, GetStatus, ListWorkloads, Ping, StartWorkload, StopWorkload, \
-     UpdateWorkload, Watch";
+const TYPES: &str = "Auth, CollectImages, DeleteWorkload, Exec, GetLogs, GetNode, GetStatus, ListWorkloads, Ping, StartWorkload, \
+     StopWorkload, UpdateWorkload, Watch";
 
 fn read(fields: &mut Fields<'_>) -> (Option<Request>, Option<String>) {
     let kind = fields.text("type", limits::NAME_BYTES_MAX);

@@ -8,7 +8,7 @@ use super::json::{Fields, Problems, text};
 use crate::limits;
 use crate::workload::{
     CAPABILITIES_DEFAULT, Check, Draft, Health, ImageRef, Mount, Name, Port, Protocol, PullPolicy, Restart, RestartPolicy, Secret, Spec,
-    User, Workload, WorkloadId,
+    Unfit, User, Workload, WorkloadId, check_label,
 };
 
 /// Reads a workload in which id and class may still be missing.
@@ -190,10 +190,8 @@ pub(super) fn label_patch(fields: &mut Fields<'_>) -> BTreeMap<String, Option<St
 }
 
 fn label(key: &str, value: Value, pointer: &str, problems: &mut Problems) -> Option<(String, String)> {
-    let fits = |text: &str| text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-' | b'/'));
     let value = text(value, pointer, limits::LABEL_BYTES_MAX, problems)?;
-    if key.is_empty() || key.len() > limits::LABEL_BYTES_MAX || !fits(key) || !fits(&value) {
-        let rule = format!("key and value must be at most {} of A-Z, a-z, 0-9, '.', '_', '-', '/'", limits::LABEL_BYTES_MAX);
+    if let Err(Unfit(rule)) = check_label(key, &value) {
         problems.add(pointer, rule);
     }
     Some((key.to_owned(), value))
@@ -359,7 +357,8 @@ mod tests {
 
     #[test]
     fn the_seed_s_example_is_a_workload() {
-        let body = br#"{"id":"wl-123","image":"ghcr.io/example/secure-app:1.0","runtime_class":"edera-zone","memory_mb":512,"cpu_millicores":500}"#;
+        let body = br#"{"id":"wl-123","image":"ghcr.io/example/secure-app:1.0","runtime_class":"edera-zone","memory_mb":512,
+            "cpu_millicores":500}"#;
         let draft = json::parse(body).and_then(draft).expect("valid");
         assert_eq!(draft.id, WorkloadId::new("wl-123").ok());
         assert_eq!((draft.spec.memory_mb, draft.spec.cpu_millicores), (512, 500));

@@ -202,8 +202,8 @@ impl Stage {
                     capabilities: Some(proto::Capability { add_capabilities: Vec::new(), drop_capabilities: drop }),
                     namespace_options: Some(namespaces()),
                     no_new_privs: true,
-                    masked_paths: words(&MASKED_PATHS),
-                    readonly_paths: words(&READONLY_PATHS),
+                    masked_paths: words(&runtime::MASKED_PATHS),
+                    readonly_paths: words(&runtime::READONLY_PATHS),
                     seccomp: Some(proto::SecurityProfile::default()),
                     ..Default::default()
                 }),
@@ -214,23 +214,6 @@ impl Stage {
 }
 
 const COMMAND: [&str; 2] = ["sleep", "600"];
-
-/// As the agent hides them: each is a mount, and costs time.
-const MASKED_PATHS: [&str; 12] = [
-    "/proc/acpi",
-    "/proc/asound",
-    "/proc/interrupts",
-    "/proc/kcore",
-    "/proc/keys",
-    "/proc/latency_stats",
-    "/proc/sched_debug",
-    "/proc/scsi",
-    "/proc/timer_list",
-    "/proc/timer_stats",
-    "/sys/devices/virtual/powercap",
-    "/sys/firmware",
-];
-const READONLY_PATHS: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
 
 fn resources() -> proto::LinuxContainerResources {
     proto::LinuxContainerResources {
