@@ -11,7 +11,7 @@ use serde_json::Value;
 use super::Agent;
 use super::logs::{LogReader, More, Tail};
 use super::node::Offer;
-use super::registry::{Container, NoWatch, Overtaken, Refusal};
+use super::registry::{Container, NoWatch, Overtaken, Refusal, Snapshot};
 use super::work::is_allowed;
 use super::{images, node, reconcile};
 use crate::cri::runtime::Class;
@@ -23,7 +23,7 @@ use crate::net::{self, Stream};
 use crate::report::Chain;
 use crate::wire::agent::{
     Class as ClassBody, Condition, ErrorCode, ErrorReply, ExecResult, FEATURE_FENCE, LogRequest, Node, Received, Reply, Request, Until,
-    WorkloadsLine,
+    workloads_line,
 };
 use crate::wire::{Problems, api, workload as wire_workload};
 use crate::workload::{State, Workload, WorkloadId};
@@ -347,7 +347,7 @@ fn list(agent: &Agent, after: Option<&WorkloadId>, limit: usize, client: &mut Cl
     let (mut workloads, mut is_more) = agent.registry.page(after, limit);
     loop {
         let last = workloads.last().map(|snapshot| snapshot.id().as_str());
-        let line = WorkloadsLine { workloads: &workloads, r#continue: last.filter(|_| is_more), seq: client.seq.as_ref() }.to_line();
+        let line = workloads_line(&workloads, Snapshot::object, last.filter(|_| is_more), client.seq.as_ref());
         // A reply is a line, and a line has its limit: large workloads come in smaller pages.
         if workloads.len() <= 1 || line.len() <= limits::LINE_BYTES_MAX {
             return client.send_line(&line);

@@ -626,24 +626,23 @@ pub struct Resources {
     pub workloads: u64,
 }
 
-/// The line of a [`Reply::Workloads`] whose objects are made one by one, as they are written.
-#[derive(Debug, Serialize)]
-#[serde(tag = "type", rename = "Workloads")]
-pub struct WorkloadsLine<'a, T> {
-    /// What is written as an [`Object`].
-    pub workloads: &'a [T],
-    /// Behind which id there are more.
-    pub r#continue: Option<&'a str>,
-    /// Echoed.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub seq: Option<&'a Value>,
-}
-
-impl<T: Serialize> WorkloadsLine<'_, T> {
-    /// The line, newline included.
-    pub fn to_line(&self) -> Vec<u8> {
-        line_of(self)
+/// The line of a [`Reply::Workloads`], newline included; each object is made when it is written, and never all of them.
+pub fn workloads_line<T>(items: &[T], object: impl Fn(&T) -> Object, r#continue: Option<&str>, seq: Option<&Value>) -> Vec<u8> {
+    struct Objects<'a, T, F>(&'a [T], F);
+    impl<T, F: Fn(&T) -> Object> Serialize for Objects<'_, T, F> {
+        fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+            serializer.collect_seq(self.0.iter().map(&self.1))
+        }
     }
+    #[derive(Serialize)]
+    #[serde(tag = "type", rename = "Workloads")]
+    struct Line<'a, T> {
+        workloads: T,
+        r#continue: Option<&'a str>,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        seq: Option<&'a Value>,
+    }
+    line_of(&Line { workloads: Objects(items, object), r#continue, seq })
 }
 
 fn line_of(reply: &impl Serialize) -> Vec<u8> {
@@ -756,7 +755,7 @@ mod tests {
             r#continue: r#continue.map(str::to_owned),
         };
         for (r#continue, seq) in [(None, None), (Some("a"), Some(&Value::from(7)))] {
-            let line = WorkloadsLine { workloads: &[object.clone(), object.clone()], r#continue, seq }.to_line();
+            let line = workloads_line(&[(), ()], |()| object.clone(), r#continue, seq);
             assert_eq!(String::from_utf8_lossy(&line), String::from_utf8_lossy(&reply(r#continue).to_line(seq)));
         }
     }

@@ -5,8 +5,6 @@
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use serde::{Serialize, Serializer};
-
 use crate::cri::images::Image;
 use crate::cri::runtime::{Class, Ending};
 use crate::deadline::{Deadline, Stopwatch, Timestamp};
@@ -184,12 +182,6 @@ impl Snapshot {
             env.values_mut().for_each(|value| *value = serde_json::Value::Null);
         }
         Object { spec, state: self.state, status: self.status.clone() }
-    }
-}
-
-impl Serialize for Snapshot {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        self.object().serialize(serializer)
     }
 }
 
