@@ -131,6 +131,7 @@ fn run(config: &ControlPlaneConfig) -> Result<(), Error> {
     if config.nodes.is_empty() {
         log::warn!("no node is configured, so nothing can be placed; add --node ID=ADDR");
     }
+    daemon::raise_descriptors(limits::descriptors(config.nodes.len()));
     let signals = daemon::signals(config.until_eof)?;
     let store = Store::open(&config.data_dir)?;
     let running = Running::start(config.nodes.clone(), store, config.history)?;

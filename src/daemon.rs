@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::thread;
 
 use crossbeam_channel::{Receiver, bounded};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -87,6 +88,22 @@ pub fn signals(until_eof: bool) -> Result<Receiver<Signal>, Error> {
     Ok(receiver)
 }
 
+/// Asks the kernel for as many descriptors as may be needed. A process commonly begins with 1024, and may have many times that
+/// (getrlimit(2)); one that gets fewer refuses connections when they run out.
+pub fn raise_descriptors(needed: usize) {
+    let needed = u64::try_from(needed).unwrap_or(u64::MAX);
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    let granted = maximum.map_or(needed, |maximum| maximum.min(needed));
+    if current.is_some_and(|current| current < granted) {
+        if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: Some(granted), maximum }) {
+            log::warn!("cannot have more descriptors: {error}");
+        }
+    }
+    if let Some(has) = getrlimit(Resource::Nofile).current.filter(|has| *has < needed) {
+        log::warn!("there are {has} descriptors, and so many nodes and clients may need {needed}; raise the limit (ulimit -n)");
+    }
+}
+
 /// Starts a named thread with the stack all threads here have.
 ///
 /// # Errors
@@ -95,14 +112,16 @@ pub fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<thread:
     thread::Builder::new().name(name.to_owned()).stack_size(limits::STACK_BYTES).spawn(body).map_err(Error::Thread)
 }
 
-/// Binds all addresses, then serves on all.
+/// Binds all addresses, then serves on all, with places for `CONNECTIONS_MAX` connections together.
 ///
 /// # Errors
 /// [`Error::Bind`]: then none is served.
 pub fn serve<S: Service>(addresses: &[Address], name: &'static str, service: &Arc<S>) -> Result<Vec<Server>, Error> {
     let bind = |address: &Address| Listener::bind(address).map_err(|e| Error::Bind(address.clone(), e));
     let listeners: Vec<Listener> = addresses.iter().map(bind).collect::<Result<_, _>>()?;
-    listeners.into_iter().map(|listener| Server::start(listener, name, Arc::clone(service)).map_err(Error::Thread)).collect()
+    let slots = Arc::default();
+    let start = |listener| Server::start_with(listener, name, Arc::clone(service), Arc::clone(&slots)).map_err(Error::Thread);
+    listeners.into_iter().map(start).collect()
 }
 
 /// Logs where the servers listen, and writes it to the ready file: a line each, `tcp=ADDRESS` or `unix=PATH`.

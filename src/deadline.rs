@@ -31,7 +31,12 @@ impl Deadline {
     /// The earlier of this deadline and `ms` from now; the phase is that of the one that fires first.
     #[must_use]
     pub fn at_most_ms(self, ms: u64, phase: &'static str) -> Self {
-        let other = Self::within_ms(ms, phase);
+        self.or_sooner(Self::within_ms(ms, phase))
+    }
+
+    /// Whichever of the two comes first.
+    #[must_use]
+    pub fn or_sooner(self, other: Self) -> Self {
         if other.at < self.at { other } else { self }
     }
 

@@ -36,8 +36,9 @@
 //! - No state is invented: an unknown exit code is `null`, and `observed_at` says how old the truth is.
 //! - `agent` and `control_plane` never import each other; they meet in [`wire`]. Arrows point down the table above.
 //! - A crate from outside has one door: `h2`, `http`, `bytes` in [`grpc`] (and the server side in [`sim`]), `tokio` in [`grpc::pump`],
-//!   `prost` in [`cri`] and [`sim`], `rustix` in [`agent`], [`deadline`] and the store, `redb` in the store of [`control_plane`],
-//!   `httparse` in [`http`], `serde` in [`wire`] and [`config`], `ureq` in [`cli`]. JSON values, base64, RFC 3339 and channels are common.
+//!   `prost` in [`cri`] and [`sim`], `rustix` in [`agent`], [`daemon`], [`deadline`], [`net`] and the store, `redb` in the store of
+//!   [`control_plane`], `httparse` in [`http`], `serde` in [`wire`] and [`config`], `ureq` in [`cli`]. JSON values, base64, RFC 3339 and
+//!   channels are common.
 
 pub mod agent;
 pub mod cli;

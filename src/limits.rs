@@ -11,10 +11,12 @@ pub const LINE_MS_MAX: u64 = 10_000;
 pub const IDLE_MS_MAX: u64 = 600_000;
 /// A reader that takes nothing for this long loses its connection.
 pub const WRITE_MS_MAX: u64 = 30_000;
-/// Connections one listener serves at a time: each is a thread and two descriptors, of which a process commonly has 1024.
+/// Connections the listeners of one daemon serve at a time: each is a thread and two descriptors.
 pub const CONNECTIONS_MAX: usize = 256;
 /// Stack of a connection's thread; JSON nests at most [`JSON_DEPTH_MAX`] deep.
 pub const STACK_BYTES: usize = 256 * 1024;
+/// Whoever listens at the path of a Unix socket that is to be made answers within this.
+pub const PROBE_LISTENER_MS: u64 = 1000;
 /// After the drain: how long a connection may take to notice that both its sides are shut.
 pub const CUT_OFF_MS: u64 = 1000;
 /// How long a stopping daemon waits for requests in flight.
@@ -362,6 +364,8 @@ pub const NODES_MAX: usize = 1000;
 pub const PAGE_MAX: usize = 500;
 /// Idle connections kept per agent.
 pub const NODE_POOL_MAX: usize = 16;
+/// Descriptors a control plane may need.
+pub const DESCRIPTORS_MAX: usize = 1 << 15;
 /// Connecting to an agent.
 pub const NODE_CONNECT_MS_MAX: u64 = 2000;
 /// One quick request to an agent and its reply.
@@ -380,6 +384,10 @@ pub const WATCH_SILENCE_MS_MAX: u64 = 3 * HEARTBEAT_MS;
 pub const DISPATCHERS: usize = 8;
 /// Of them, those that may be busy with one node at a time: a node that hangs must leave some to the others.
 pub const DISPATCHERS_PER_NODE_MAX: usize = 3;
+/// Of them, those that may be busy at a time with nodes that did not answer in time lately.
+pub const DISPATCHERS_IN_DOUBT_MAX: usize = 2;
+/// So many answers in time make up for any number that were not: until then a node gets one dispatcher.
+pub const DISPATCH_DOUBTS_MAX: u32 = 7;
 /// Workloads waiting for a dispatcher; what does not fit waits for the next pass.
 pub const DISPATCH_QUEUE_MAX: usize = 1024;
 /// Between two passes over all workloads.
@@ -390,6 +398,16 @@ pub const RETRY_MS_MIN: u64 = 500;
 pub const RETRY_MS_MAX: u64 = 30_000;
 /// Nodes whose reason not to be chosen is kept with a workload, or shown when there is no place.
 pub const PLACEMENT_REASONS_MAX: usize = 32;
+/// Such a reason: it is kept with the workload, and so many of them.
+pub const PLACEMENT_REASON_BYTES_MAX: usize = 256;
+/// Statements on its health that are read of a node.
+pub const NODE_CONDITIONS_MAX: usize = 256;
+/// What an agent can that others cannot, by name.
+pub const NODE_FEATURES_MAX: usize = 64;
+/// What an agent says when it refuses; what is kept of that is shorter.
+pub const REFUSAL_BYTES_MAX: usize = 16 * 1024;
+/// An idle connection to an agent that nobody needed for this long is closed; the agent would close it as well, in the end.
+pub const NODE_IDLE_MS_MAX: u64 = 60_000;
 /// Items on one page of a list, when the request does not say.
 pub const PAGE_DEFAULT: usize = 100;
 /// `X-Request-Id`.
@@ -435,3 +453,13 @@ const _: () = assert!(FOLLOWERS_MAX * 2 < CONNECTIONS_MAX, "followers leave conn
 const _: () = assert!(NODE_REQUEST_MS_MAX < DRAIN_MS, "a quick request to an agent ends within the drain");
 const _: () = assert!(NODE_WAIT_SLICE_MS * 4 <= DRAIN_MS, "a long wait notices the drain in time");
 const _: () = assert!(DISPATCHERS_PER_NODE_MAX * 2 < DISPATCHERS, "two nodes that hang leave a dispatcher to the others");
+const _: () = assert!(DISPATCHERS_IN_DOUBT_MAX < DISPATCHERS, "however many nodes hang, the others have dispatchers");
+const _: () = assert!(NODE_IDLE_MS_MAX < IDLE_MS_MAX, "an idle connection is closed by whoever pools it");
+const _: () = assert!(descriptors(NODES_MAX) <= DESCRIPTORS_MAX, "however many nodes there are");
+const _: () = assert!(descriptors(0) < 1024, "one without nodes does with what a process commonly has, and so does an agent");
+
+/// Descriptors of a control plane of so many nodes: a pool and a watch each; a client has two, and asks an agent with another; the
+/// store, listeners, and what is open for a moment.
+pub const fn descriptors(nodes: usize) -> usize {
+    nodes * (NODE_POOL_MAX + 1) + CONNECTIONS_MAX * 3 + LISTENERS_MAX + DISPATCHERS + 64
+}

@@ -2,7 +2,8 @@
 //!
 //! *Scope*: TCP and Unix stream sockets, blocking. *Not here*: what the bytes mean.
 //!
-//! Invariant: no call here waits without a [`Deadline`](crate::deadline::Deadline), but `accept`, which [`listen::Server::stop`] wakes.
+//! Invariant: no call here waits without a [`Deadline`](crate::deadline::Deadline), connecting included, but `accept`, which
+//! [`listen::Server::stop`] wakes.
 //! Invariant: no name is looked up in the DNS; `getaddrinfo` is not in the program ([`address`]).
 
 pub mod address;

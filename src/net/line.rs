@@ -1,9 +1,13 @@
 //! Lines from a socket: bytes up to `\n`, at most so many, begun and ended in time.
 //!
+//! Whoever waits for a line may do so in slices: what came of it is kept, and so is how long the rest was waited for.
+//!
 //! Invariant: `begin <= scanned <= buffer.len()`, `buffer.len() - begin <= bytes_max`, and `buffer[begin..scanned]` holds no newline.
 
+use std::time::Duration;
+
 use super::{Error, Stream};
-use crate::deadline::{Deadline, Expired};
+use crate::deadline::{Deadline, Expired, Stopwatch};
 
 /// Reads lines from one socket; what came after a line stays for the next.
 #[derive(Debug)]
@@ -13,6 +17,8 @@ pub struct LineReader {
     scanned: usize,
     bytes_max: usize,
     line_ms: u64,
+    /// How long the rest of the line that has begun was waited for: a peer is not slow while its reader does something else.
+    waited: Duration,
 }
 
 /// Why there is no line.
@@ -20,7 +26,7 @@ pub struct LineReader {
 pub enum LineError {
     /// The other side closed in the middle of a line.
     HalfLine,
-    /// No line began in time.
+    /// There was no line, or not the whole of it, when the caller's wait was over.
     Idle(Expired),
     /// A line began and did not end in time.
     Slow(Expired),
@@ -31,17 +37,17 @@ pub enum LineError {
 }
 
 impl LineReader {
-    /// A reader of lines of at most `bytes_max` bytes, newline included, each complete within `line_ms` of its first byte.
+    /// A reader of lines of at most `bytes_max` bytes, newline included, each complete after at most `line_ms` of waiting
+    /// since its first byte.
     pub fn new(bytes_max: usize, line_ms: u64) -> Self {
-        Self { buffer: Vec::new(), begin: 0, scanned: 0, bytes_max, line_ms }
+        Self { buffer: Vec::new(), begin: 0, scanned: 0, bytes_max, line_ms, waited: Duration::ZERO }
     }
 
     /// The next line without its newline (and without a `\r` before it); `None` when the other side closed between two lines.
     ///
     /// # Errors
-    /// [`LineError`]. Only [`LineError::Idle`] leaves the reader usable.
-    pub fn next(&mut self, stream: &mut Stream, idle: Deadline) -> Result<Option<&[u8]>, LineError> {
-        let mut slow: Option<Deadline> = None;
+    /// [`LineError`]. Only [`LineError::Idle`] leaves the reader usable, with what came of the next line.
+    pub fn next(&mut self, stream: &mut Stream, wait: Deadline) -> Result<Option<&[u8]>, LineError> {
         loop {
             let fresh = self.buffer.get(self.scanned..).unwrap_or_default();
             if let Some(at) = fresh.iter().position(|b| *b == b'\n') {
@@ -49,6 +55,7 @@ impl LineReader {
                 let line = self.buffer.get(self.begin..end).unwrap_or_default();
                 self.begin = end.saturating_add(1);
                 self.scanned = self.begin;
+                self.waited = Duration::ZERO;
                 return Ok(Some(line.strip_suffix(b"\r").unwrap_or(line)));
             }
             // Only before waiting: moving the rest after each short line would cost the square of a long pipeline.
@@ -58,13 +65,20 @@ impl LineReader {
                 return Err(LineError::TooLong(self.bytes_max));
             }
             let begun = !self.buffer.is_empty();
-            let deadline = if begun { *slow.get_or_insert_with(|| Deadline::within_ms(self.line_ms, "line")) } else { idle };
-            match self.fill(stream, deadline) {
+            let slow = begun.then(|| Deadline::within_ms(self.line_ms.saturating_sub(millis(self.waited)), "line"));
+            let watch = Stopwatch::start();
+            let result = self.fill(stream, slow.map_or(wait, |slow| wait.or_sooner(slow)));
+            if begun {
+                self.waited = self.waited.saturating_add(watch.elapsed());
+            }
+            match result {
                 Ok(0) if begun => return Err(LineError::HalfLine),
                 Ok(0) => return Ok(None),
                 Ok(_) => {}
-                Err(Error::Expired(expired)) if begun => return Err(LineError::Slow(expired)),
-                Err(Error::Expired(expired)) => return Err(LineError::Idle(expired)),
+                Err(Error::Expired(_)) => {
+                    let slow = slow.and_then(|slow| slow.left().err());
+                    return Err(slow.map_or_else(|| LineError::Idle(wait.expired()), LineError::Slow));
+                }
                 Err(error) => return Err(LineError::Socket(error)),
             }
         }
@@ -105,6 +119,10 @@ impl LineReader {
             self.buffer.shrink_to(4096);
         }
     }
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]
@@ -159,6 +177,42 @@ mod tests {
         theirs.write_all(b"half", soon()).expect("written");
         let result = LineReader::new(64, 10).next(&mut ours, soon()).map(|_| ());
         assert!(matches!(result, Err(LineError::Slow(e)) if e.phase == "line"), "{result:?}");
+    }
+
+    #[test]
+    fn a_wait_ends_in_the_middle_of_a_line_and_no_byte_is_lost() {
+        let (mut ours, mut theirs) = pair();
+        let mut reader = LineReader::new(64, 60_000);
+        for part in [&b"one\ntw"[..], b"o, and", b" thr"] {
+            theirs.write_all(part, soon()).expect("written");
+            let mut wait = |ms| reader.next(&mut ours, Deadline::within_ms(ms, "slice")).map(|line| line.map(<[u8]>::to_vec));
+            if part.starts_with(b"one") {
+                assert_eq!(wait(2000).ok().flatten().as_deref(), Some(&b"one"[..]));
+            }
+            let result = wait(5);
+            assert!(matches!(result, Err(LineError::Idle(e)) if e.phase == "slice"), "{result:?}");
+            // As one that takes what lies ready and waits for nothing.
+            assert!(matches!(wait(0), Err(LineError::Idle(_))));
+        }
+        theirs.write_all(b"ee\nfour\n", soon()).expect("written");
+        assert_eq!(reader.next(&mut ours, soon()).ok().flatten(), Some(&b"two, and three"[..]));
+        assert_eq!(reader.next(&mut ours, soon()).ok().flatten(), Some(&b"four"[..]));
+    }
+
+    #[test]
+    fn slices_do_not_give_a_slow_line_more_time() {
+        let (mut ours, mut theirs) = pair();
+        let mut reader = LineReader::new(64, 40);
+        let end = soon();
+        let error = loop {
+            // A byte at a time, for as long as it takes.
+            theirs.write_all(b"x", soon()).expect("written");
+            match reader.next(&mut ours, Deadline::within_ms(10, "slice")).map(|line| line.is_some()) {
+                Err(LineError::Idle(_)) if end.left().is_ok() => {}
+                result => break result,
+            }
+        };
+        assert!(matches!(error, Err(LineError::Slow(e)) if e.phase == "line"), "{error:?}");
     }
 
     #[test]

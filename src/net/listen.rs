@@ -4,16 +4,17 @@
 //! reader sees the end of the stream; an answer in flight still leaves), wait for the threads until the drain is over, then shut
 //! both sides of what is left, and leave behind a thread that even so does not end: it waits for somebody else.
 //!
-//! Invariant: connections served at a time <= `CONNECTIONS_MAX`; one more gets a complete refusal and is closed.
+//! Invariant: connections served at a time by all servers that share their [`Slots`] <= `CONNECTIONS_MAX`; one more gets a complete
+//! refusal and is closed.
 
 use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -69,11 +70,12 @@ impl Listener {
 fn bind_unix(path: &Path) -> io::Result<UnixListener> {
     match fs::symlink_metadata(path) {
         Ok(meta) if !meta.file_type().is_socket() => return Err(io::Error::new(io::ErrorKind::AlreadyExists, "not a socket")),
-        Ok(_) => match UnixStream::connect(path) {
-            Ok(_) => return Err(io::ErrorKind::AddrInUse.into()),
+        Ok(_) => match Stream::connect(&Address::Unix(path.to_owned()), Deadline::within_ms(limits::PROBE_LISTENER_MS, "connect")) {
+            // A full backlog is somebody's too.
+            Ok(_) | Err(Error::Closed | Error::Expired(_)) => return Err(io::ErrorKind::AddrInUse.into()),
             // Nobody listens; any other error does not say so.
-            Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path)?,
-            Err(e) => return Err(e),
+            Err(Error::Io(e)) if e.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path)?,
+            Err(Error::Io(e)) => return Err(e),
         },
         Err(e) if e.kind() == io::ErrorKind::NotFound => {}
         Err(e) => return Err(e),
@@ -95,6 +97,28 @@ pub trait Service: Send + Sync + 'static {
 
     /// A complete answer for a connection that gets no slot.
     fn busy(&self) -> &'static [u8];
+}
+
+/// Places for connections, which the listeners of one daemon share.
+#[derive(Debug, Default)]
+pub struct Slots {
+    taken: AtomicUsize,
+}
+
+impl Slots {
+    fn take(self: &Arc<Self>) -> Option<Place> {
+        let more = |taken: usize| (taken < limits::CONNECTIONS_MAX).then(|| taken.saturating_add(1));
+        self.taken.fetch_update(Ordering::SeqCst, Ordering::SeqCst, more).ok().map(|_| Place(Arc::clone(self)))
+    }
+}
+
+/// A connection's place; free again when dropped.
+struct Place(Arc<Slots>);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.taken.fetch_sub(1, Ordering::SeqCst);
+    }
 }
 
 /// A running server: its accept thread and its connections.
@@ -131,6 +155,7 @@ impl SocketFile {
 
 #[derive(Debug)]
 struct Shared {
+    slots: Arc<Slots>,
     stopping: AtomicBool,
     connections: Mutex<Connections>,
     changed: Condvar,
@@ -158,9 +183,17 @@ impl Server {
     /// # Errors
     /// When there are no threads left.
     pub fn start<S: Service>(listener: Listener, name: &'static str, service: Arc<S>) -> io::Result<Self> {
+        Self::start_with(listener, name, service, Arc::default())
+    }
+
+    /// As [`Server::start`], with places that others take too.
+    ///
+    /// # Errors
+    /// When there are no threads left.
+    pub fn start_with<S: Service>(listener: Listener, name: &'static str, service: Arc<S>, slots: Arc<Slots>) -> io::Result<Self> {
         let address = listener.address()?;
         let file = SocketFile::of(&address);
-        let shared = Arc::new(Shared { stopping: AtomicBool::new(false), connections: Mutex::default(), changed: Condvar::new() });
+        let shared = Arc::new(Shared { slots, stopping: AtomicBool::new(false), connections: Mutex::default(), changed: Condvar::new() });
         let accept = {
             let shared = Arc::clone(&shared);
             thread::Builder::new()
@@ -258,12 +291,11 @@ fn accept_loop<S: Service>(listener: &Listener, name: &'static str, service: &Ar
 
 fn admit<S: Service>(mut stream: Stream, name: &'static str, service: &Arc<S>, shared: &Arc<Shared>) -> Result<(), Error> {
     let clone = stream.try_clone()?;
-    let mut connections = shared.lock();
-    if connections.open.len() >= limits::CONNECTIONS_MAX {
-        drop(connections);
+    let Some(place) = shared.slots.take() else {
         // The answer fits the socket's buffer; a reader that takes nothing must not hold up the accept thread.
         return stream.write_all(service.busy(), Deadline::within_ms(100, "refusal"));
-    }
+    };
+    let mut connections = shared.lock();
     let key = connections.next;
     connections.next = key.wrapping_add(1);
     connections.open.insert(key, (clone, None));
@@ -271,7 +303,8 @@ fn admit<S: Service>(mut stream: Stream, name: &'static str, service: &Arc<S>, s
     let spawned = {
         let (service, shared) = (Arc::clone(service), Arc::clone(shared));
         thread::Builder::new().name(format!("{name}-{}", key % 10_000)).stack_size(limits::STACK_BYTES).spawn(move || {
-            // Dropped on return and on panic alike, so that a slot is never lost.
+            // Dropped on return and on panic alike, so that a place is never lost, and after the entry among the open ones.
+            let _place = place;
             let _slot = Slot { key, shared: &shared };
             service.serve(stream, &shared.stopping);
         })
@@ -428,6 +461,52 @@ mod tests {
         let n = late.read(&mut buffer, soon()).expect("read");
         assert_eq!(&buffer[..n], b"busy");
         server.stop(5000);
+    }
+
+    #[test]
+    fn listeners_of_one_daemon_share_their_places() {
+        let slots = Arc::<Slots>::default();
+        let server = || {
+            let listener = Listener::bind(&Address::parse("127.0.0.1:0").expect("valid")).expect("a free port");
+            Server::start_with(listener, "echo", Arc::new(Echo), Arc::clone(&slots)).expect("a thread")
+        };
+        let (one, other) = (server(), server());
+        let mut clients = Vec::new();
+        for i in 0..limits::CONNECTIONS_MAX {
+            let server = if i % 2 == 0 { &one } else { &other };
+            let mut client = Stream::connect(server.address(), soon()).expect("connected");
+            assert_eq!(ask(&mut client, b"in"), b"in");
+            clients.push(client);
+        }
+        for server in [&one, &other] {
+            let mut late = Stream::connect(server.address(), soon()).expect("connected");
+            let mut buffer = [0; 8];
+            let n = late.read(&mut buffer, soon()).expect("read");
+            assert_eq!(&buffer[..n], b"busy");
+        }
+        // One that leaves here makes room there.
+        assert_eq!(ask(&mut clients.remove(0), b"panic"), b"");
+        let end = soon();
+        while slots.taken.load(Ordering::SeqCst) == limits::CONNECTIONS_MAX {
+            assert!(end.left().is_ok(), "its place is never free");
+            thread::park_timeout(Duration::from_millis(1));
+        }
+        let mut next = Stream::connect(other.address(), soon()).expect("connected");
+        assert_eq!(ask(&mut next, b"in"), b"in");
+        one.stop(5000);
+        other.stop(5000);
+        assert_eq!(slots.taken.load(Ordering::SeqCst), 0);
+    }
+
+    #[test]
+    fn what_listens_and_does_not_accept_is_not_replaced() {
+        let path = std::env::temp_dir().join(format!("kakuri-deaf-{}", std::process::id()));
+        let listener = super::super::stream::tests::listen_and_never_accept(&path);
+        let address = Address::Unix(path.clone());
+        let waiting = Stream::connect(&address, soon()).expect("in the backlog");
+        assert_eq!(Listener::bind(&address).map(|_| ()).map_err(|e| e.kind()), Err(io::ErrorKind::AddrInUse));
+        drop((waiting, listener));
+        fs::remove_file(&path).expect("removed");
     }
 
     #[test]

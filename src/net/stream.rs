@@ -3,6 +3,10 @@
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 
 use super::Error;
 use super::address::Address;
@@ -29,8 +33,7 @@ impl Stream {
                 stream.set_nodelay(true).map_err(Error::Io)?;
                 Ok(Self::Tcp(stream))
             }
-            // A Unix connect either succeeds at once or fails; it waits only where the backlog is full.
-            Address::Unix(path) => UnixStream::connect(path).map(Self::Unix).map_err(Error::Io),
+            Address::Unix(path) => connect_unix(path, deadline).map(Self::Unix),
         }
     }
 
@@ -158,6 +161,22 @@ impl Stream {
     }
 }
 
+/// Where the backlog of whoever listens is full, connecting waits; the timeout for sending bounds that as well (socket(7),
+/// `SO_SNDTIMEO`). The standard library has no way to set it before the connect.
+fn connect_unix(path: &Path, deadline: Deadline) -> Result<UnixStream, Error> {
+    let io = |errno: rustix::io::Errno| Error::Io(errno.into());
+    let address = SocketAddrUnix::new(path).map_err(io)?;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).map_err(io)?;
+    loop {
+        set_socket_timeout(&socket, Timeout::Send, Some(deadline.left()?)).map_err(io)?;
+        match connect(&socket, &address) {
+            Ok(()) => return Ok(UnixStream::from(socket)),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(wait_error(error.into(), deadline)),
+        }
+    }
+}
+
 /// A blocking socket with a timeout answers `WouldBlock` when the time is over (`SO_RCVTIMEO`, socket(7)).
 fn wait_error(error: io::Error, deadline: Deadline) -> Error {
     match error.kind() {
@@ -176,11 +195,34 @@ pub(crate) mod tests {
         (Stream::Unix(a), Stream::Unix(b))
     }
 
+    /// A listener whose backlog has room for next to nobody.
+    pub(crate) fn listen_and_never_accept(path: &Path) -> std::os::fd::OwnedFd {
+        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).expect("a socket");
+        rustix::net::bind(&socket, &SocketAddrUnix::new(path).expect("a short path")).expect("bound");
+        rustix::net::listen(&socket, 0).expect("listens");
+        socket
+    }
+
     #[test]
     fn a_read_that_waits_too_long_names_its_phase() {
         let (mut a, _b) = pair();
         let result = a.read(&mut [0], Deadline::within_ms(5, "header"));
         assert!(matches!(result, Err(Error::Expired(e)) if e.phase == "header"), "{result:?}");
+    }
+
+    #[test]
+    fn connecting_where_nobody_accepts_ends_with_the_deadline() {
+        let path = std::env::temp_dir().join(format!("kakuri-full-{}", std::process::id()));
+        let listener = listen_and_never_accept(&path);
+        let address = Address::Unix(path.clone());
+        // What the backlog holds is connected, and held.
+        let waiting: Vec<_> = std::iter::from_fn(|| Stream::connect(&address, Deadline::within_ms(20, "connect")).ok()).take(9).collect();
+        assert!(waiting.len() < 9, "a backlog of no place holds one");
+        let result = Stream::connect(&address, Deadline::within_ms(20, "connect"));
+        assert!(matches!(result, Err(Error::Expired(e)) if e.phase == "connect"), "{result:?}");
+        drop(listener);
+        assert!(matches!(Stream::connect(&address, Deadline::within_ms(20, "connect")), Err(Error::Io(_))), "nobody is there");
+        std::fs::remove_file(&path).expect("removed");
     }
 
     #[test]
