@@ -193,7 +193,9 @@ fn run(config: &AgentConfig) -> Result<(), Box<dyn std::error::Error>> {
     }
     // Before anything else is done with the directory, or the runtime: it is locked.
     let (journal, replay) = Journal::open(&config.state_dir)?;
-    let registry = Registry::new(config.node_id.clone(), node::host_kernel(), Queues { starts, ends, probes, checks });
+    // 0 is a machine that does not tell.
+    let memory_mb_max = Some(node.capacity.memory_mb).filter(|mb| *mb > 0);
+    let registry = Registry::new(config.node_id.clone(), node::host_kernel(), memory_mb_max, Queues { starts, ends, probes, checks });
     let restored = Restored { boot_id: boot_id(), starts: replay.starts };
     let endpoint_of = |at: &str| node.endpoints.iter().position(|endpoint| endpoint.client.endpoint() == Path::new(at));
     let unfit = |why| format!("{}: {why}; configure what it was written with, or move it away", config.state_dir.join("journal").display());

@@ -227,6 +227,10 @@ fn start(agent: &Agent, workload: Workload, wait_ms: Option<u64>, fence: Option<
         Ok(accepted) => accepted,
         Err(Refusal::Differs) => return error(ErrorCode::AlreadyExists, "another workload has this id".into()),
         Err(Refusal::Leaving) => return error(ErrorCode::Unavailable, "the former workload of this id is still being deleted".into()),
+        Err(Refusal::Memory { wants, free }) => {
+            let message = format!("memory: wants {wants} MiB with its overhead, free {free} of {}", agent.node.capacity.memory_mb);
+            return error(ErrorCode::ResourceExhausted, message);
+        }
         Err(Refusal::Overtaken(seen)) => return overtaken(&id, seen),
         Err(Refusal::Full) => {
             let (workloads, bytes) = (limits::AGENT_WORKLOADS_MAX, limits::AGENT_SPECS_BYTES_MAX);

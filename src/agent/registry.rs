@@ -9,6 +9,8 @@
 //! what is unsaved in batches (`journaled`), and what was held back is told when it is on disk.
 //!
 //! Invariant: `entries.len() <= AGENT_WORKLOADS_MAX`.
+//! Invariant: what was accepted and is not over takes at most the node's memory together, overhead included, but for what was restored
+//! or adopted: that may run already. CPU is shared: a quota is a limit, not a claim.
 //! Invariant: a terminal state never changes; an exit code once known never changes.
 //! Invariant: `revision` grows with every change that a watcher sees.
 
@@ -43,6 +45,8 @@ pub use tickets::{EndStep, EndTicket, StartTicket};
 pub struct Registry {
     node: Name,
     host_kernel: Option<String>,
+    /// What all workloads together may ask for, overhead included; `None` where the machine does not tell what it has.
+    memory_mb_max: Option<u64>,
     inner: Mutex<Inner>,
     changed: Condvar,
     /// Wakes the journal's writer.
@@ -181,9 +185,10 @@ pub struct Container {
 }
 
 impl Registry {
-    /// An empty registry of this node.
-    pub fn new(node: Name, host_kernel: Option<String>, queues: Queues) -> Self {
-        Self { node, host_kernel, inner: Mutex::default(), changed: Condvar::new(), unsaved: Condvar::new(), sooner: bounded(1), queues }
+    /// An empty registry of this node, whose workloads may take so much memory.
+    pub fn new(node: Name, host_kernel: Option<String>, memory_mb_max: Option<u64>, queues: Queues) -> Self {
+        let (inner, changed, unsaved, sooner) = (Mutex::default(), Condvar::new(), Condvar::new(), bounded(1));
+        Self { node, host_kernel, memory_mb_max, inner, changed, unsaved, sooner, queues }
     }
 
     /// This node.
@@ -499,13 +504,7 @@ impl Registry {
 
     /// What all workloads that are not over take, overhead included.
     pub fn allocated(&self) -> Resources {
-        let inner = self.lock();
-        let active = inner.entries.values().filter(|entry| !entry.state.is_terminal());
-        active.fold(Resources::default(), |sum, entry| Resources {
-            memory_mb: sum.memory_mb + entry.workload.spec.memory_mb + entry.class.overhead_mb,
-            cpu_millicores: sum.cpu_millicores + entry.workload.spec.cpu_millicores,
-            workloads: sum.workloads + 1,
-        })
+        allocated_in(&self.lock())
     }
 
     /// Every entry, for comparison with what the runtime lists.
@@ -673,6 +672,20 @@ fn probed<'a>(inner: &'a mut Inner, id: &WorkloadId, container_id: &str) -> Opti
     let entry = inner.entries.get_mut(id)?;
     let is_it = entry.made.as_ref().is_some_and(|m| m.container_id == container_id);
     (is_it && entry.probe == Probe::Queued && entry.state == State::Running).then_some(entry)
+}
+
+/// What a workload takes of the node's memory, its class's overhead included, MiB.
+fn memory_mb(entry: &Entry) -> u64 {
+    entry.workload.spec.memory_mb.saturating_add(entry.class.overhead_mb)
+}
+
+fn allocated_in(inner: &Inner) -> Resources {
+    let active = inner.entries.values().filter(|entry| !entry.state.is_terminal());
+    active.fold(Resources::default(), |sum, entry| Resources {
+        memory_mb: sum.memory_mb.saturating_add(memory_mb(entry)),
+        cpu_millicores: sum.cpu_millicores + entry.workload.spec.cpu_millicores,
+        workloads: sum.workloads + 1,
+    })
 }
 
 #[cfg(test)]

@@ -1,9 +1,12 @@
 //! Which node gets a workload. Pure: nodes as last seen and a wish go in, a placement or a reason per node comes out.
 //!
-//! The first class of the choice that some node can take, on the first such node in configured order. *Not here*: counting what is
-//! free; an agent that has no room says so itself.
+//! The first class of the choice that some node can take, on the first such node in the order of their names. *Not here*: what was
+//! accepted since a node last said what it has allocated; its agent counts that, and refuses. CPU is not counted: a quota is a limit and
+//! no claim, and nodes share theirs.
 //!
-//! Invariant: nothing is placed on a node that did not answer last time, or on a class its runtime does not offer.
+//! Invariant: nothing is placed on a node that did not answer last time, that has not the memory left for it and its class's overhead,
+//! or on a class its runtime does not offer.
+//! Invariant: a reason is at most `PLACEMENT_REASON_BYTES_MAX` long, whatever an agent says.
 
 use std::collections::BTreeSet;
 
@@ -11,6 +14,7 @@ use serde_json::{Map, Value};
 
 use super::profiles::Choice;
 use crate::limits;
+use crate::report::clip;
 use crate::wire::agent::{Class, Node};
 use crate::workload::{Name, Spec};
 
@@ -74,13 +78,17 @@ pub(super) fn place(nodes: &[Candidate<'_>], choice: &Choice, spec: &Spec) -> Re
             choice.classes.iter().filter_map(|class| misfit(candidate, class, choice.own_kernel, spec)).collect();
         // A node in trouble says so once, not once for each class.
         reasons.dedup();
-        (candidate.name.clone(), reasons.join("; "))
+        (candidate.name.clone(), clip(reasons.join("; "), limits::PLACEMENT_REASON_BYTES_MAX))
     };
     Err(Misfit::NoNode(nodes.iter().take(limits::PLACEMENT_REASONS_MAX).map(reasons).collect()))
 }
 
 /// Why this node cannot take it under this class.
 fn misfit(candidate: &Candidate<'_>, class: &Name, own_kernel: bool, spec: &Spec) -> Option<String> {
+    find_misfit(candidate, class, own_kernel, spec).map(|why| clip(why, limits::PLACEMENT_REASON_BYTES_MAX))
+}
+
+fn find_misfit(candidate: &Candidate<'_>, class: &Name, own_kernel: bool, spec: &Spec) -> Option<String> {
     if let Some(trouble) = candidate.trouble {
         return Some(format!("not ready: {trouble}"));
     }
@@ -88,7 +96,7 @@ fn misfit(candidate: &Candidate<'_>, class: &Name, own_kernel: bool, spec: &Spec
     let Some(offer) = node.runtime_classes.iter().find(|offer| offer.name == class.as_str()) else {
         return Some(format!("runtime_class: {class} is not on offer"));
     };
-    let Class { own_kernel: has_own_kernel, available, memory_mb_min, .. } = offer;
+    let Class { own_kernel: has_own_kernel, available, memory_mb_min, overhead_mb, .. } = offer;
     if *available == Some(false) {
         return Some(format!("runtime_class: the runtime does not offer the handler of {class}"));
     }
@@ -98,8 +106,20 @@ fn misfit(candidate: &Candidate<'_>, class: &Name, own_kernel: bool, spec: &Spec
     if spec.memory_mb < *memory_mb_min {
         return Some(format!("memory: {class} needs at least {memory_mb_min}, wants {}", spec.memory_mb));
     }
+    if let Some(why) = lack_of_memory(node, spec.memory_mb, *overhead_mb) {
+        return Some(why);
+    }
     let lacking = spec.node_selector.iter().find(|(key, value)| node.labels.get(*key).and_then(Value::as_str) != Some(value.as_str()));
     lacking.map(|(key, value)| format!("node_selector: wants {key}={value}"))
+}
+
+/// Why there is no room for a workload, by what its agent said last. A node that does not tell what it has (0) is not judged.
+fn lack_of_memory(node: &Node, memory_mb: u64, overhead_mb: u64) -> Option<String> {
+    let (capacity, allocated) = (node.capacity.memory_mb, node.allocated.memory_mb);
+    let free = capacity.saturating_sub(allocated);
+    let with_overhead = if overhead_mb > 0 { format!(" and {overhead_mb} of overhead") } else { String::new() };
+    let is_short = capacity > 0 && memory_mb.checked_add(overhead_mb).is_none_or(|wants| wants > free);
+    is_short.then(|| format!("memory: wants {memory_mb}{with_overhead}, free {free} of {capacity}"))
 }
 
 #[cfg(test)]
@@ -213,11 +233,48 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn what_does_not_fit_goes_elsewhere_and_overhead_counts() {
+        let with = |name: &str, capacity: u64, allocated: u64, overhead_mb: u64| {
+            let mut node = node(name, &["kata"]);
+            (node.capacity.memory_mb, node.allocated.memory_mb) = (capacity, allocated);
+            node.runtime_classes.iter_mut().for_each(|class| class.overhead_mb = overhead_mb);
+            node
+        };
+        let check = |nodes: &[(&str, Node)], memory_mb: u64, expect: &str| {
+            let nodes: Vec<_> = nodes.iter().map(|(name, node)| (*name, None, Some(node.clone()))).collect();
+            let body = format!(r#"{{"image":"a","memory_mb":{memory_mb},"cpu_millicores":1024000}}"#);
+            assert_eq!(placed(&nodes, &wish(&["kata"]), &body), expect);
+        };
+        let (a, b) = (|taken| ("a", with("a", 1000, taken, 160)), || ("b", with("b", 1_000_000, 0, 160)));
+        check(&[a(0)], 840, "a/kata ()");
+        check(&[a(0)], 841, "a: memory: wants 841 and 160 of overhead, free 1000 of 1000");
+        check(&[a(0), b()], 841, "b/kata (a: memory: wants 841 and 160 of overhead, free 1000 of 1000)");
+        check(&[a(900), b()], 4, "b/kata (a: memory: wants 4 and 160 of overhead, free 100 of 1000)");
+        // More than it has: what was adopted counts.
+        check(&[a(1100)], 4, "a: memory: wants 4 and 160 of overhead, free 0 of 1000");
+        check(&[("c", with("c", 1000, 500, 0))], 501, "c: memory: wants 501, free 500 of 1000");
+        check(&[("c", with("c", 0, 0, 0))], 1_048_576, "c/kata ()");
+        check(&[("c", with("c", u64::MAX, 0, u64::MAX))], 4, &format!("c: memory: wants 4 and {0} of overhead, free {0} of {0}", u64::MAX));
+    }
+
+    #[test]
     fn reasons_are_bounded() {
         let ids: Vec<Name> = (0..limits::NODES_MAX).map(|i| Name::new(&format!("n{i}")).expect("a name")).collect();
         let offers = node("n", &["gvisor"]);
         let nodes: Vec<Candidate<'_>> = ids.iter().map(|name| Candidate { name, trouble: None, node: Some(&offers) }).collect();
         let placement = place(&nodes, &wish(&["gvisor"]), &draft(r#"{"image":"a"}"#).spec).expect("a place");
         assert_eq!(placement.rejected.len(), limits::PLACEMENT_REASONS_MAX);
+        let trouble = "x".repeat(limits::LINE_BYTES_MAX);
+        let nodes: Vec<Candidate<'_>> = nodes.iter().map(|node| Candidate { trouble: Some(&trouble), ..*node }).collect();
+        let longest = |placed: Result<Placement, Misfit>| match placed {
+            Ok(placement) => placement.rejected.values().filter_map(Value::as_str).map(str::len).max(),
+            Err(Misfit::NoNode(reasons)) => reasons.iter().map(|(_, why)| why.len()).max(),
+            Err(Misfit::UnknownClass { .. }) => None,
+        };
+        let spec = draft(r#"{"image":"a"}"#).spec;
+        let max = Some(limits::PLACEMENT_REASON_BYTES_MAX);
+        assert_eq!(longest(place(&nodes, &wish(&["gvisor", "kata"]), &spec)), max);
+        let one_is_well = [Candidate { trouble: None, ..nodes[0] }, nodes[1]];
+        assert_eq!(longest(place(&one_is_well, &wish(&["gvisor"]), &spec)), max);
     }
 }

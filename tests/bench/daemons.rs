@@ -132,7 +132,8 @@ impl Pair {
         let endpoint = format!("unix://{}", endpoint.display());
         let own = |name: &str| -> (PathBuf, String) { (dir.join(name), dir.join(name).join("state").display().to_string()) };
         let (agent_dir, state) = own("agent");
-        let args = ["--node-id", node, "--listen", "127.0.0.1:0", "--cri-endpoint", &endpoint, "--state-dir", &state];
+        let args =
+            ["--node-id", node, "--listen", "127.0.0.1:0", "--cri-endpoint", &endpoint, "--state-dir", &state, "--memory-mb", "16777216"];
         let agent = Daemon::start(&bins.join("kakuri-agent"), &args, &agent_dir)?;
         let (plane_dir, data) = own("plane");
         let args = ["--listen", "127.0.0.1:0", "--node", &format!("{node}={}", agent.address), "--data-dir", &data];

@@ -36,7 +36,8 @@ impl Fleet {
         let sim = Daemon::start(&setup.bins.join("kakuri-cri-sim"), &["--listen", &format!("unix://{}", text(&socket))], &dir.join("sim"))?;
         let endpoint = format!("unix://{}", text(&socket));
         let state = text(&dir.join("state"));
-        let args = ["--node-id", NODE, "--cri-endpoint", &endpoint, "--state-dir", &state, "--listen", "127.0.0.1:0"];
+        let args =
+            ["--node-id", NODE, "--cri-endpoint", &endpoint, "--state-dir", &state, "--memory-mb", "16777216", "--listen", "127.0.0.1:0"];
         let agent = Daemon::start(&setup.bins.join("kakuri-agent"), &args, &dir.join("agent"))?;
         let mut agent_args = args.map(str::to_owned).to_vec();
         agent_args.truncate(args.len() - 1);

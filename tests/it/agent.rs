@@ -377,7 +377,13 @@ fn the_node_says_what_it_is(place: &Place) {
 
     let status = agent.run(&with(place.workload("wl-1", &["sleep", "1000"]), json!({"stop_grace_ms": 0})));
     let allocated = agent.node().allocated;
-    assert_eq!((allocated.memory_mb, allocated.workloads), (64 + class(place.class).overhead_mb, 1));
+    let overhead_mb = class(place.class).overhead_mb;
+    assert_eq!((allocated.memory_mb, allocated.workloads), (64 + overhead_mb, 1));
+    let free = 1000 - 64 - overhead_mb;
+    let large = with(place.workload("large", &["sleep", "1000"]), json!({"memory_mb": free - overhead_mb + 1}));
+    let refusal = expect_error(agent.line().ask(&json!({"type": "StartWorkload", "workload": large})));
+    let message = format!("memory: wants {} MiB with its overhead, free {free} of 1000", free + 1);
+    assert_eq!((refusal.code, refusal.message), (ErrorCode::ResourceExhausted, message));
     // Nothing is told that is older than it seems: the truth of a running workload is renewed.
     let newer =
         eventually("the truth is renewed", SOON_MS, || Some(agent.status("wl-1").1.observed_at).filter(|at| *at > status.observed_at));

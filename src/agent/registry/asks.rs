@@ -21,6 +21,13 @@ pub enum Refusal {
     Full,
     /// The id's former workload is still being deleted.
     Leaving,
+    /// It and its overhead ask for more memory than the others leave, MiB.
+    Memory {
+        /// What it asks for.
+        wants: u64,
+        /// What they leave.
+        free: u64,
+    },
     /// A later request about the id was seen.
     Overtaken(Overtaken),
 }
@@ -73,6 +80,13 @@ impl Registry {
         let specs_bytes = inner.specs_bytes.saturating_add(entry.spec_bytes);
         if inner.entries.len() >= limits::AGENT_WORKLOADS_MAX || specs_bytes > limits::AGENT_SPECS_BYTES_MAX {
             return Err(Refusal::Full);
+        }
+        if let Some(memory_mb_max) = self.memory_mb_max {
+            let free = memory_mb_max.saturating_sub(allocated_in(&inner).memory_mb);
+            let wants = memory_mb(&entry);
+            if wants > free {
+                return Err(Refusal::Memory { wants, free });
+            }
         }
         let answer = (entry.state, entry.status.clone());
         inner.specs_bytes = specs_bytes;

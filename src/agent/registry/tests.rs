@@ -14,6 +14,9 @@ struct House {
     checks: Receiver<WorkloadId>,
 }
 
+/// Of the node.
+const MEMORY_MB: u64 = 64 * 1024;
+
 fn house() -> House {
     let (s, starts) = bounded(8);
     let (e, ends) = bounded(8);
@@ -21,7 +24,7 @@ fn house() -> House {
     let (c, checks) = bounded(8);
     let node = Name::new("node-1").expect("valid");
     let queues = Queues { starts: s, ends: e, probes: p, checks: c };
-    House { registry: Registry::new(node, Some("6.0-host".into()), queues), starts, ends, probes, checks }
+    House { registry: Registry::new(node, Some("6.0-host".into()), Some(MEMORY_MB), queues), starts, ends, probes, checks }
 }
 
 fn id() -> WorkloadId {
@@ -434,6 +437,30 @@ fn all_workloads_together_are_no_larger_than_the_runtime_can_list() {
         }
     };
     assert_eq!((refusal, accepted), (Refusal::Full, limits::AGENT_SPECS_BYTES_MAX / 480_500));
+}
+
+#[test]
+fn all_workloads_together_ask_for_no_more_memory_than_there_is() {
+    let house = house();
+    let named = |name: &str, memory_mb: u64| {
+        let mut workload = workload(json!({"memory_mb": memory_mb}));
+        workload.id = WorkloadId::new(name).expect("valid");
+        workload
+    };
+    let over = class().overhead_mb;
+    assert_eq!(
+        house.accept(named("most", MEMORY_MB)).map(|_| ()),
+        Err(Refusal::Memory { wants: MEMORY_MB + over, free: MEMORY_MB }),
+        "overhead counts"
+    );
+    house.accept(named("wl-1", MEMORY_MB - 2 * over - 4)).expect("accepted");
+    assert_eq!(house.accept(named("more", 5)).map(|_| ()), Err(Refusal::Memory { wants: 5 + over, free: 4 + over }));
+    house.accept(named("rest", 4)).expect("accepted");
+    assert_eq!(house.registry.allocated().memory_mb, MEMORY_MB);
+    // What was accepted is accepted, and what is over takes nothing.
+    house.accept(named("rest", 4)).expect("there");
+    assert_eq!(house.stop(), State::Failed);
+    house.accept(named("more", 5)).expect("accepted");
 }
 
 #[test]

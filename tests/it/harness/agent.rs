@@ -62,6 +62,8 @@ impl<'a> Agent<'a> {
             ("--cri-endpoint", endpoint.as_str()),
             ("--state-dir", state.as_str()),
             ("--relist-ms", "200"),
+            // So that it is not the machine that says how many workloads there are.
+            ("--memory-mb", "16777216"),
             ("--log-level", "debug"),
         ];
         let missing = usual.iter().filter(|(flag, _)| !flags.contains(flag)).flat_map(|(flag, value)| [*flag, *value]);
