@@ -244,11 +244,12 @@ fn evaluate(index: &mut Index, plan: &mut Plan, act: &mut Act) {
     }
 }
 
-/// The record, ended so: what clients wished meanwhile stays. `None` when it is another one, or over already.
+/// The record, ended so: what clients wished meanwhile stays, and so does what its agent has yet to be told of that. `None` when it is
+/// another one, or over already.
 fn ended_as(record: &Record, ended: &Record) -> Option<Record> {
-    let Record { workload, node, desired, born, revision, .. } = record.clone();
+    let Record { workload, node, desired, has_new_labels, born, revision, .. } = record.clone();
     let is_it = record.born == ended.born && !record.state.is_terminal();
-    is_it.then(|| Record { workload, node, desired, born, revision, ..ended.clone() })
+    is_it.then(|| Record { workload, node, desired, has_new_labels, born, revision, ..ended.clone() })
 }
 
 fn planned<'a>(index: &'a Index, plan: &'a Plan, id: &WorkloadId) -> Option<&'a Record> {

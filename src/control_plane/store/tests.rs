@@ -56,6 +56,20 @@ fn an_id_is_taken_once_and_free_again_when_removed() {
 }
 
 #[test]
+fn labels_that_are_wished_while_an_end_is_written_have_yet_to_be_told() {
+    let store = Store::forgetful();
+    let first = inserted(&store, "a");
+    // As its agent told it before the wish.
+    let ended = first.observed(State::Failed, Status { restarts: 1, ..Status::accepted(None) }).expect("news");
+    let labels = LabelPatch::Merge(BTreeMap::from([("tier".to_owned(), Some("web".to_owned()))]));
+    let wished = store.wish(&id("a"), first.born, Wish::Labels(labels)).expect("taken").expect("there");
+    assert!(wished.has_new_labels);
+    let Ok(Outcome::Inserted(record)) = store.order(Act::End(Box::new(ended))) else { panic!("not taken") };
+    assert_eq!((record.state, record.has_new_labels), (State::Failed, true));
+    assert_eq!(record.workload.spec.labels.get("tier").map(String::as_str), Some("web"));
+}
+
+#[test]
 fn a_store_is_full_at_its_limit() {
     let store = Arc::new(Store::forgetful());
     // Many at a time, so that the test does not take as many commits.
