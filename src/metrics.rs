@@ -40,6 +40,9 @@ pub static STORE_COMMITS: Counter = Counter::new();
 /// Commits of the control plane's store that failed.
 pub static STORE_FAILURES: Counter = Counter::new();
 
+/// Lines of agents' watches that this version could not read.
+pub static WATCH_LINES_UNREAD: Counter = Counter::new();
+
 /// Counts an HTTP response.
 pub fn count_http_response(status: u16) {
     if let Some(counter) = usize::from(status / 100).checked_sub(1).and_then(|class| HTTP_RESPONSES.get(class)) {

@@ -6,19 +6,23 @@
 //! A workload that an agent has and that is not placed there is a stranger: of somebody else who speaks with the agent, or of a store
 //! that was lost or is older than the agent's truth. It is counted, named in the log, and left alone.
 //!
+//! A node whose events cannot be followed takes work all the same: what happens there is seen when it is asked for. That it is so is
+//! said in the log and where the node is shown.
+//!
 //! Invariant: a lost node changes no workload's state; its truth grows old, and `observed_at` says so.
 //! Invariant: a node is ready only while the last answer of its agent says so, under the name it is configured by.
 
 use std::collections::{BTreeSet, HashSet};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::node_client::{Error, NodeClient};
 use super::store::Record;
 use super::{Plane, Stopping};
 use crate::deadline::{Deadline, Timestamp};
 use crate::limits;
+use crate::metrics;
 use crate::net::Address;
-use crate::report::Chain;
+use crate::report::{Chain, clip};
 use crate::wire::agent::{self, Event, EventKind, Reply, Request};
 use crate::wire::api::NodeObject;
 use crate::workload::{Desired, Name, WorkloadId};
@@ -30,6 +34,16 @@ pub(super) struct Node {
     pub(super) client: NodeClient,
     view: Mutex<View>,
     strangers: Mutex<Strangers>,
+    watching: Mutex<Watching>,
+}
+
+/// How following its events goes.
+#[derive(Debug, Default)]
+struct Watching {
+    /// Watches that failed one after the other, although the agent answers.
+    failures: u32,
+    /// Why the last of them did, when it was not the first.
+    trouble: Option<String>,
 }
 
 /// Workloads that an agent has and that are not placed there.
@@ -57,7 +71,8 @@ impl Node {
     /// A node nobody spoke with yet.
     pub(super) fn new(name: Name, address: Address, stopping: Arc<Stopping>) -> Self {
         let view = View { is_reachable: false, trouble: Some("no answer yet".into()), observed_at: None, node: None };
-        Self { name: name.clone(), client: NodeClient::new(name, address, stopping), view: Mutex::new(view), strangers: Mutex::default() }
+        let client = NodeClient::new(name.clone(), address, stopping);
+        Self { name, client, view: Mutex::new(view), strangers: Mutex::default(), watching: Mutex::default() }
     }
 
     /// As last seen.
@@ -87,14 +102,40 @@ impl Node {
         }
     }
 
+    fn watching(&self) -> MutexGuard<'_, Watching> {
+        self.watching.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes that a watch of an agent that answers ended. Once is no more than a connection that was lost.
+    fn note_watch_failure(&self, error: &Error) {
+        let text = clip(format!("its events cannot be followed: {}", Chain(error)), limits::MESSAGE_BYTES_MAX);
+        let mut watching = self.watching();
+        watching.failures = watching.failures.saturating_add(1);
+        let is_new = watching.failures >= 2 && watching.trouble.is_none();
+        watching.trouble = (watching.failures >= 2).then(|| text.clone());
+        drop(watching);
+        if is_new {
+            log::warn!("node {}: {text}", self.name);
+        }
+    }
+
+    /// Notes that something came of a watch that lasts.
+    fn note_watch(&self) {
+        let Watching { trouble, .. } = std::mem::take(&mut *self.watching());
+        if trouble.is_some() {
+            log::info!("node {}: its events are followed again", self.name);
+        }
+    }
+
     /// As the API shows it.
     pub(super) fn object(&self) -> NodeObject {
         let View { trouble, observed_at, node, .. } = self.view();
+        let unwatched = self.watching().trouble.clone();
         NodeObject {
             id: self.name.to_string(),
             address: self.client.address().to_string(),
             ready: trouble.is_none(),
-            message: trouble,
+            message: trouble.or(unwatched),
             observed_at,
             strangers: self.strangers(),
             node: node.map(|node| node.as_ref().clone()),
@@ -103,6 +144,7 @@ impl Node {
 
     /// Asks the agent what the node is, and notes that, or that it did not answer.
     fn ask(&self) -> Result<(), Error> {
+        self.client.sweep();
         let deadline = Deadline::within_ms(limits::NODE_REQUEST_MS_MAX, "GetNode");
         let result = match self.client.request(&Request::GetNode, deadline) {
             Ok(Reply::Node(node)) => Ok(Arc::from(node)),
@@ -118,7 +160,8 @@ impl Node {
             Err(error) => {
                 // Whoever mixed up two addresses sees what is there.
                 let node = if let Error::Somebody(node) = &error { Some(Arc::new(node.as_ref().clone())) } else { was.node.clone() };
-                (View { is_reachable: false, trouble: Some(Chain(&error).to_string()), node, ..was.clone() }, Err(error))
+                let trouble = Some(clip(Chain(&error).to_string(), limits::MESSAGE_BYTES_MAX));
+                (View { is_reachable: false, trouble, node, ..was.clone() }, Err(error))
             }
         };
         match (&was.trouble, &is.trouble) {
@@ -138,7 +181,8 @@ fn trouble_of(node: &agent::Node) -> Option<String> {
     }
     let failed = node.conditions.iter().filter(|condition| !condition.ok);
     let failed: Vec<String> = failed.map(|condition| format!("{}: {}", condition.r#type, condition.message)).collect();
-    Some(if failed.is_empty() { "its agent says it is not ready".into() } else { failed.join("; ") })
+    let why = if failed.is_empty() { "its agent says it is not ready".into() } else { failed.join("; ") };
+    Some(clip(why, limits::MESSAGE_BYTES_MAX))
 }
 
 /// The thread `node-NAME`.
@@ -146,8 +190,12 @@ pub(super) fn run(plane: &Plane, node: &Node) {
     let mut pause_ms = limits::NODE_PAUSE_MS_MIN;
     loop {
         let mut was_watched = false;
-        if let Err(error) = node.ask().and_then(|()| watch(plane, node, &mut was_watched)) {
+        let was_lost = !node.view().is_reachable;
+        if let Err(error) = node.ask().and_then(|()| watch(plane, node, was_lost, &mut was_watched)) {
             log::debug!("node {}: {}", node.name, Chain(&error));
+            if node.view().is_reachable && !plane.stopping.is_set() {
+                node.note_watch_failure(&error);
+            }
         }
         // What was well until now is looked at again soon.
         pause_ms = if was_watched { limits::NODE_PAUSE_MS_MIN } else { pause_ms.saturating_mul(2).min(limits::NODE_PAUSE_MS_MAX) };
@@ -158,8 +206,11 @@ pub(super) fn run(plane: &Plane, node: &Node) {
 }
 
 /// Follows the agent's events until they end; `was_watched` says whether any came.
-fn watch(plane: &Plane, node: &Node, was_watched: &mut bool) -> Result<(), Error> {
+fn watch(plane: &Plane, node: &Node, was_lost: bool, was_watched: &mut bool) -> Result<(), Error> {
     let mut replies = node.client.stream(&Request::Watch { since: None }, Deadline::within_ms(limits::NODE_REQUEST_MS_MAX, "Watch"))?;
+    if was_lost {
+        plane.dispatch.trust(&node.name);
+    }
     plane.nudge_all_on(&node.name);
     // The list to come names those that are still there.
     node.with_strangers(|strangers| strangers.ids.clear());
@@ -170,7 +221,7 @@ fn watch(plane: &Plane, node: &Node, was_watched: &mut bool) -> Result<(), Error
         Deadline::within_ms(if is_well { limits::HEARTBEAT_MS } else { limits::NODE_WAIT_SLICE_MS }, "heartbeat")
     };
     // What was on the list, as long as there is something that should have been; and whether the list was whole.
-    let (mut listed, mut is_whole) = (Some(HashSet::new()), false);
+    let (mut listed, mut is_whole, mut has_unread) = (Some(HashSet::new()), false, false);
     let (mut silent, mut next_ask) = (silence(), heartbeat(true));
     loop {
         // One that always has news never waits, and it is the wait that notices a stop.
@@ -182,22 +233,48 @@ fn watch(plane: &Plane, node: &Node, was_watched: &mut bool) -> Result<(), Error
             listed = listed.filter(|listed| !is_whole || !is_sure_of_missing(plane, node, listed));
             next_ask = heartbeat(listed.is_none());
         }
-        match replies.next(next_ask)? {
-            Some(Reply::Event(event)) => {
-                if let (Some(listed), Some(id)) = (&mut listed, id_of(&event)) {
-                    listed.insert(id);
+        // What lasted beyond its list is a watch that works.
+        let lasts = is_whole;
+        let mut list = |id: &WorkloadId| {
+            // An agent may have any number of others.
+            let is_ours = || plane.store.get(id).is_some_and(|record| record.node == node.name);
+            if let Some(listed) = listed.as_mut().filter(|_| is_ours()) {
+                listed.insert(id.clone());
+            }
+        };
+        match replies.next(next_ask) {
+            Err(Error::Garbled(unreadable)) if unreadable.is_reply => {
+                metrics::WATCH_LINES_UNREAD.add_one();
+                if !std::mem::replace(&mut has_unread, true) {
+                    let why = clip(Chain(&unreadable).to_string(), limits::MESSAGE_BYTES_MAX);
+                    log::warn!("node {}: an event is skipped, and others like it: {why}", node.name);
                 }
+                if let Some(id) = &unreadable.id {
+                    list(id);
+                }
+            }
+            Err(error) => return Err(error),
+            Ok(Some(Reply::Event(event))) => {
+                if let Some(id) = id_of(&event) {
+                    list(&id);
+                }
+                // What the node has left is another thing now, and the scheduler goes by what its agent said of that.
+                let is_of_room = event.event != EventKind::Modified || event.object.state.is_terminal();
+                next_ask = if is_of_room { next_ask.or_sooner(heartbeat(false)) } else { next_ask };
                 take(plane, node, event);
             }
-            Some(Reply::Heartbeat { .. }) => {
+            Ok(Some(Reply::Heartbeat { .. })) => {
                 is_whole = true;
                 listed = listed.filter(|listed| !is_sure_of_missing(plane, node, listed));
                 next_ask = if listed.is_some() { heartbeat(false) } else { next_ask };
                 node.tell_strangers();
             }
-            Some(_) => return Err(Error::Unexpected),
-            None if silent.left().is_err() => return Err(Error::Expired(silent.expired())),
-            None => continue,
+            Ok(Some(_)) => return Err(Error::Unexpected),
+            Ok(None) if silent.left().is_err() => return Err(Error::Expired(silent.expired())),
+            Ok(None) => continue,
+        }
+        if lasts {
+            node.note_watch();
         }
         *was_watched = true;
         silent = silence();
@@ -277,5 +354,7 @@ mod tests {
         check(well(), None);
         check(agent::Node { ready: false, ..well() }, Some("its agent says it is not ready"));
         check(agent::Node { ready: false, conditions: vec![failed()], ..well() }, Some("RuntimeReady: no answer"));
+        let loud = agent::Node { ready: false, conditions: vec![failed(); limits::NODE_CONDITIONS_MAX], ..well() };
+        assert_eq!(trouble_of(&loud).map(|text| text.len()), Some(limits::MESSAGE_BYTES_MAX));
     }
 }

@@ -10,19 +10,23 @@
 //! A change carries the revision of the record it is about as its `fence`, where the agent heeds one: what its sender gave up waiting
 //! for, and what lies in a connection to an agent that hangs, is not done any more once the agent has seen what came after it.
 //!
-//! Invariant: idle connections <= `NODE_POOL_MAX`; a reply is a line <= `LINE_BYTES_MAX`.
+//! Invariant: idle connections <= `NODE_POOL_MAX`, and none was closed by the agent or idle for `NODE_IDLE_MS_MAX` before the last
+//! [`NodeClient::sweep`]; a reply is a line <= `LINE_BYTES_MAX`, and what it says of a node is bounded ([`within_bounds`]).
 //! Invariant: whoever waits here notices within `NODE_WAIT_SLICE_MS` that the control plane is stopping.
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use serde_json::Value;
+
 use super::Stopping;
-use crate::deadline::{Deadline, Expired};
+use crate::deadline::{Deadline, Expired, Stopwatch};
 use crate::limits;
 use crate::net::line::{LineError, LineReader};
 use crate::net::{self, Address, Stream};
-use crate::wire::agent::{self, ErrorCode, ErrorReply, Reply, Request};
+use crate::report::clip;
+use crate::wire::agent::{self, Class, Condition, ErrorCode, ErrorReply, Reply, Request, Unreadable};
 use crate::workload::Name;
 
 /// Why there is no reply.
@@ -35,7 +39,7 @@ pub(super) enum Error {
     /// It did not answer in time.
     Expired(Expired),
     /// Its line is no reply that this version knows.
-    Garbled(serde_json::Error),
+    Garbled(Unreadable),
     /// No such node is configured.
     NoSuchNode,
     /// It said no.
@@ -103,6 +107,11 @@ impl Error {
             | Self::Unexpected => false,
         }
     }
+
+    /// Whether the agent, or the way to it, took longer than it was given.
+    pub(super) fn is_hang(&self) -> bool {
+        matches!(self, Self::Expired(_) | Self::Connect(net::Error::Expired(_)) | Self::Socket(net::Error::Expired(_)))
+    }
 }
 
 /// Speaks with one agent.
@@ -111,7 +120,8 @@ pub(super) struct NodeClient {
     /// What it must call itself.
     name: Name,
     address: Address,
-    idle: Mutex<Vec<Connection>>,
+    /// The one that was needed last is the last, and since when it is idle.
+    idle: Mutex<Vec<(Stopwatch, Connection)>>,
     /// Added to each fence, so that it is above what the agent has seen of other stores.
     fence_raise: AtomicU64,
     stopping: Arc<Stopping>,
@@ -202,18 +212,66 @@ impl NodeClient {
     /// An idle connection on which nothing happened since; what the agent closed or spoke on unasked is dropped.
     fn take_idle(&self) -> Option<Connection> {
         loop {
-            let mut connection = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop()?;
-            if matches!(connection.stream.read_ready(&mut [0]), Ok(None)) {
+            let (_, mut connection) = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop()?;
+            if connection.is_quiet() {
                 return Some(connection);
             }
         }
     }
 
+    /// Closes idle connections that the agent closed, or that nobody needed for long. Those that are needed are taken from the other
+    /// end, so that nobody else would ever look at these.
+    pub(super) fn sweep(&self) {
+        let mut pooled = std::mem::take(&mut *self.idle.lock().unwrap_or_else(PoisonError::into_inner));
+        pooled.retain_mut(|(idle, connection)| idle.elapsed_ms() < limits::NODE_IDLE_MS_MAX && connection.is_quiet());
+        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        pooled.append(&mut idle);
+        pooled.truncate(limits::NODE_POOL_MAX);
+        *idle = pooled;
+    }
+
     fn give_back(&self, connection: Connection) {
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
         if idle.len() < limits::NODE_POOL_MAX {
-            idle.push(connection);
+            idle.push((Stopwatch::start(), connection));
         }
+    }
+}
+
+/// A reply of which no text is longer than is kept, and no list longer than is looked through. A name that is too long is no name.
+fn within_bounds(reply: Reply) -> Reply {
+    let text = |text: String| clip(text, limits::MESSAGE_BYTES_MAX);
+    match reply {
+        Reply::Node(node) => {
+            let agent::Node { node_id, ready, conditions, runtime_classes, capacity, allocated, labels, version, features, .. } = *node;
+            let condition = |Condition { r#type, ok, message }| Condition { r#type: text(r#type), ok, message: text(message) };
+            let is_class = |class: &Class| class.name.len() <= limits::NAME_BYTES_MAX;
+            let class = |Class { name, handler, own_kernel, available, overhead_mb, memory_mb_min, runtime }| {
+                let (handler, runtime) = (text(handler), runtime.map(text));
+                Class { name, handler, own_kernel, available, overhead_mb, memory_mb_min, runtime }
+            };
+            let is_label = |(key, value): &(String, Value)| {
+                key.len() <= limits::LABEL_BYTES_MAX && value.as_str().is_some_and(|value| value.len() <= limits::LABEL_BYTES_MAX)
+            };
+            Reply::Node(Box::new(agent::Node {
+                node_id: text(node_id),
+                ready,
+                conditions: conditions.into_iter().take(limits::NODE_CONDITIONS_MAX).map(condition).collect(),
+                runtime_classes: runtime_classes.into_iter().filter(is_class).take(limits::CLASSES_MAX).map(class).collect(),
+                capacity,
+                allocated,
+                labels: labels.into_iter().filter(is_label).take(limits::LABELS_MAX).collect(),
+                version: text(version),
+                features: features.into_iter().take(limits::NODE_FEATURES_MAX).map(text).collect(),
+                host_kernel: text(node.host_kernel),
+                started_at: node.started_at,
+                observed_at: node.observed_at,
+                stopping: node.stopping,
+                oldest_stopping_ms: node.oldest_stopping_ms,
+            }))
+        }
+        Reply::Error(refusal) => Reply::Error(ErrorReply { message: clip(refusal.message, limits::REFUSAL_BYTES_MAX), ..refusal }),
+        reply => reply,
     }
 }
 
@@ -278,6 +336,11 @@ struct Connection {
 }
 
 impl Connection {
+    /// Whether it is open, and nothing was said on it.
+    fn is_quiet(&mut self) -> bool {
+        matches!(self.stream.read_ready(&mut [0]), Ok(None))
+    }
+
     fn ask(&mut self, request: &Request, fence: Option<u64>, deadline: Deadline) -> Result<Reply, Error> {
         self.write(&request.to_line(fence.filter(|_| self.heeds_fences)), deadline)?;
         self.receive(deadline)
@@ -291,12 +354,12 @@ impl Connection {
         })
     }
 
-    /// Waits in slices, to notice a stop; an [`Error::Expired`] before a line began leaves the connection usable.
+    /// Waits in slices, to notice a stop; an [`Error::Expired`] leaves the connection usable for whoever waits on.
     fn receive(&mut self, deadline: Deadline) -> Result<Reply, Error> {
         loop {
             let slice = deadline.at_most_ms(limits::NODE_WAIT_SLICE_MS, "reply");
             return match self.reader.next(&mut self.stream, slice) {
-                Ok(Some(line)) => match Reply::parse(line) {
+                Ok(Some(line)) => match Reply::parse(line).map(within_bounds) {
                     Ok(Reply::Error(refusal)) => Err(Error::Refused(refusal)),
                     Ok(reply) => Ok(reply),
                     Err(error) => Err(Error::Garbled(error)),
@@ -496,13 +559,84 @@ mod tests {
         let first = "{\"type\":\"Ok\"}\n";
         let asked = with_agent(&[first, PONG], |client, _| {
             assert!(matches!(client.request(&Request::Ping, soon()), Ok(Reply::Ok)));
-            for connection in client.idle.lock().expect("not poisoned").iter() {
+            for (_, connection) in client.idle.lock().expect("not poisoned").iter() {
                 connection.stream.shutdown(std::net::Shutdown::Both);
             }
             let exec = Request::Exec { id: crate::workload::WorkloadId::new("a").expect("an id"), command: Vec::new(), timeout_ms: 1 };
             assert!(matches!(client.request(&exec, soon()), Ok(Reply::Pong { .. })), "not even a command is lost to that");
         });
         assert_eq!(asked, 2);
+    }
+
+    #[test]
+    fn connections_that_are_closed_or_not_needed_do_not_stay() {
+        with_agent(&[PONG, NO], |client, server| {
+            let open: Vec<Connection> = (0..8).map(|_| client.connect(soon()).expect("connected")).collect();
+            open.into_iter().for_each(|connection| client.give_back(connection));
+            client.sweep();
+            let pooled = || client.idle.lock().expect("not poisoned").len();
+            assert_eq!((pooled(), server.connections()), (8, 8));
+            // The agent closes all but the one that is needed; whoever asks takes only that.
+            for (_, connection) in client.idle.lock().expect("not poisoned").iter_mut().take(7) {
+                connection.stream.shutdown(std::net::Shutdown::Both);
+            }
+            assert!(client.request(&Request::Ping, soon()).is_ok());
+            assert_eq!(pooled(), 8);
+            client.sweep();
+            assert_eq!(pooled(), 1);
+            assert!(matches!(client.request(&Request::Ping, soon()), Err(Error::Refused(_))), "the one that is left is usable");
+        });
+    }
+
+    #[test]
+    fn what_an_agent_says_of_itself_is_bounded() {
+        let long = || "x".repeat(limits::LINE_BYTES_MAX / 16);
+        let well = node("node-1", &["gvisor"]);
+        let class = well.runtime_classes.first().cloned().expect("a class");
+        let loud = agent::Node {
+            conditions: (0..1000).map(|_| Condition { r#type: long(), ok: false, message: long() }).collect(),
+            runtime_classes: (0..1000)
+                .map(|i| Class {
+                    name: if i == 0 { long() } else { format!("c{i}") },
+                    handler: long(),
+                    runtime: Some(long()),
+                    ..class.clone()
+                })
+                .collect(),
+            labels: (0..1000).map(|i| (format!("l{i:03}"), if i == 0 { Value::from(long()) } else { Value::from("v") })).collect(),
+            version: long(),
+            features: vec![long(); 1000],
+            host_kernel: long(),
+            ..well.clone()
+        };
+        let Reply::Node(node) = within_bounds(Reply::Node(Box::new(loud))) else { panic!("another reply") };
+        let lengths = (node.conditions.len(), node.runtime_classes.len(), node.labels.len(), node.features.len());
+        assert_eq!(lengths, (limits::NODE_CONDITIONS_MAX, limits::CLASSES_MAX, limits::LABELS_MAX, limits::NODE_FEATURES_MAX));
+        assert_eq!((node.runtime_classes[0].name.as_str(), node.labels.keys().next().map(String::as_str)), ("c1", Some("l001")));
+        let texts =
+            node.conditions.iter().flat_map(|c| [&c.r#type, &c.message]).chain(&node.features).chain([&node.version, &node.host_kernel]);
+        let texts = texts.chain(node.runtime_classes.iter().flat_map(|class| [Some(&class.handler), class.runtime.as_ref()]).flatten());
+        assert!(texts.map(String::len).all(|bytes| bytes == limits::MESSAGE_BYTES_MAX));
+        assert_eq!(within_bounds(Reply::Node(Box::new(well.clone()))), Reply::Node(Box::new(well)));
+        let Reply::Error(refusal) = within_bounds(Reply::error(ErrorCode::Internal, long(), None)) else { panic!("another reply") };
+        assert_eq!(refusal.message.len(), limits::REFUSAL_BYTES_MAX);
+    }
+
+    #[test]
+    fn half_a_reply_ends_with_the_deadline_and_the_rest_is_not_lost() {
+        let half: &'static str = "{\"type\":\"Pong\",";
+        with_agent(&[half, "\"version\":\"1\"}\n"], |client, _| {
+            // The agent writes its half, and waits for another request.
+            let result = client.request(&Request::Ping, Deadline::within_ms(50, "ping"));
+            assert!(matches!(result, Err(Error::Expired(e)) if e.phase == "ping"), "{result:?}");
+        });
+        with_agent(&[half, "\"version\":\"1\"}\n"], |client, _| {
+            let mut replies = client.stream(&Request::Ping, soon()).expect("connected");
+            assert!(matches!(replies.next(Deadline::within_ms(50, "next")), Ok(None)));
+            assert!(matches!(replies.ready(), Ok(None)));
+            replies.0.write(&Request::Ping.to_line(None), soon()).expect("written");
+            assert!(matches!(replies.next(soon()), Ok(Some(Reply::Pong { .. }))));
+        });
     }
 
     #[test]

@@ -9,7 +9,8 @@
 //!   a pass every 2 s ----+                        +-- dispatch-7 --+
 //! ```
 //! Invariant: of all that changes one workload, one request is under way at a time: whoever sends it holds its [`Claim`].
-//! Invariant: dispatchers busy with one node <= `DISPATCHERS_PER_NODE_MAX`.
+//! Invariant: dispatchers busy with one node <= `DISPATCHERS_PER_NODE_MAX`, and <= 1 with one that did not answer in time lately; with
+//! all of those together <= `DISPATCHERS_IN_DOUBT_MAX`. A dispatcher does one thing for a node, and is then free for any.
 //! Invariant: no start is sent of what was ever seen to run ([`Record::has_run`]). What was not is sent again when its agent says that
 //! it has no such workload; an agent says so only once it has listed its runtime, which keeps what it ever started.
 //! Invariant: no workload is deleted at an agent but one whose record says so; what an agent has and nobody here knows is left alone.
@@ -17,7 +18,7 @@
 //! workload that never ran and never will, and one that ran and that its agent, having listed its runtimes, knows nothing of: both are
 //! Failed, the latter without an exit code.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use crossbeam_channel::{Receiver, Sender, bounded, select};
@@ -59,11 +60,11 @@ fn decide(record: &Record) -> Option<Action> {
 fn plan<'a>(
     records: impl IntoIterator<Item = &'a Record>,
     is_reachable: impl Fn(&Name) -> bool,
-    is_due: impl Fn(&WorkloadId) -> bool,
+    is_due: impl Fn(&WorkloadId, Action) -> bool,
 ) -> Vec<(&'a WorkloadId, Action)> {
-    let ready = |record: &&Record| is_reachable(&record.node) && is_due(&record.workload.id);
     let action = |record: &'a Record| decide(record).map(|action| (&record.workload.id, action));
-    records.into_iter().filter(ready).filter_map(action).collect()
+    let reachable = records.into_iter().filter(|record| is_reachable(&record.node));
+    reachable.filter_map(action).filter(|(id, action)| is_due(id, *action)).collect()
 }
 
 /// Whether a workload that has not run never will. Whoever asks holds the claim, so that nothing else is on its way to the agent.
@@ -100,7 +101,8 @@ pub(super) fn run(plane: &Plane) {
         trim(plane);
         let unsettled = plane.store.page(None, usize::MAX, |record| decide(record).is_some()).records;
         plane.dispatch.keep_attempts(&unsettled.iter().map(|record| &record.workload.id).collect());
-        for (id, _) in plan(unsettled.iter().map(AsRef::as_ref), |node| plane.is_reachable(node), |id| plane.dispatch.is_due(id)) {
+        let is_due = |id: &WorkloadId, action| plane.dispatch.is_due(id, action);
+        for (id, _) in plan(unsettled.iter().map(AsRef::as_ref), |node| plane.is_reachable(node), is_due) {
             plane.dispatch.nudge(id);
         }
     }
@@ -130,24 +132,29 @@ pub(super) fn dispatch(plane: &Plane) {
     }
 }
 
-/// Does what is to be done for `id`, and then what piled up for the same node meanwhile.
+/// Does what is to be done for `id`, if there is a place at its node.
 fn work_off(plane: &Plane, id: WorkloadId) {
     let Some(record) = plane.store.get(&id) else { return };
-    let mut next = plane.dispatch.enter(&record.node, id);
-    while let Some(id) = next {
-        plane.apply(&id);
-        next = plane.dispatch.next(&record.node);
+    let Some(id) = plane.dispatch.enter(&record.node, id) else { return };
+    let answered = plane.apply(&id);
+    if plane.dispatch.leave(&record.node, answered) {
+        log::info!("node {}: answers in time again", record.node);
+        plane.nudge_all_on(&record.node);
     }
 }
 
 impl Plane {
-    fn apply(&self, id: &WorkloadId) {
-        let Some(_claim) = self.dispatch.claim(id) else { return };
-        let Some(record) = self.store.get(id) else { return };
-        let Some(action) = decide(&record) else { return };
-        self.dispatch.note_attempt(id);
+    /// Does what is to be done for a workload; whether its agent answered in time, where it was asked.
+    fn apply(&self, id: &WorkloadId) -> Option<bool> {
+        let _claim = self.dispatch.claim(id)?;
+        let record = self.store.get(id)?;
+        let action = decide(&record)?;
+        if self.dispatch.is_barred(id, action) {
+            return None;
+        }
+        self.dispatch.note_attempt(id, action);
         if self.stopping.is_set() || !self.is_reachable(&record.node) {
-            return;
+            return None;
         }
         let result = match action {
             Action::Delete => self.delete(&record),
@@ -155,7 +162,8 @@ impl Plane {
             Action::Start => self.start(&record).map(drop),
             Action::Stop => self.stop(&record),
         };
-        let Err(error) = result else { return };
+        let Err(error) = result else { return Some(true) };
+        self.dispatch.note_failure(id);
         log::warn!("{action:?} {id} on {}: {}", record.node, Chain(&error));
         match verdict(action, &record, &error) {
             Some(reason) => {
@@ -164,6 +172,7 @@ impl Plane {
             }
             None => drop(self.trouble(&record, &error)),
         }
+        Some(!error.is_hang())
     }
 
     fn is_reachable(&self, node: &Name) -> bool {
@@ -294,9 +303,10 @@ impl Plane {
         current.filter(|current| current.born == of.born)
     }
 
-    /// Nudges all that is to be done on a node that answers again.
+    /// Nudges all that is to be done on a node that answers again, whatever failed there before.
     pub(super) fn nudge_all_on(&self, node: &Name) {
         for record in self.store.page(None, usize::MAX, |record| record.node == *node && decide(record).is_some()).records {
+            self.dispatch.forget_attempts(&record.workload.id);
             self.dispatch.nudge(&record.workload.id);
         }
     }
@@ -311,28 +321,54 @@ pub(super) struct Dispatch {
     claims: Mutex<HashMap<WorkloadId, bool>>,
     /// A claim was given back.
     released: Condvar,
-    lanes: Mutex<BTreeMap<Name, Lane>>,
+    lanes: Mutex<Lanes>,
     attempts: Mutex<HashMap<WorkloadId, Attempts>>,
+}
+
+#[derive(Debug, Default)]
+struct Lanes {
+    by_node: BTreeMap<Name, Lane>,
+    /// Dispatchers in lanes that are in doubt, or were when they entered.
+    in_doubt: usize,
 }
 
 /// Dispatchers at one node, and what waits for them.
 #[derive(Debug, Default)]
 struct Lane {
     busy: usize,
-    parked: VecDeque<WorkloadId>,
+    /// Of them, those that count as in doubt.
+    busy_in_doubt: usize,
+    parked: BTreeSet<WorkloadId>,
+    /// Grows with every request that was not answered in time, and goes down with every one that was.
+    doubts: u32,
+    /// When such a request last ended.
+    hung: Option<Stopwatch>,
+}
+
+impl Lane {
+    /// Whether what hung may be tried again.
+    fn is_due(&self) -> bool {
+        self.hung.is_none_or(|hung| hung.elapsed_ms() >= pause_ms(self.doubts))
+    }
 }
 
 #[derive(Debug)]
 struct Attempts {
+    action: Action,
     count: u32,
+    has_failed: bool,
     last: Stopwatch,
 }
 
 impl Attempts {
-    fn is_due(&self) -> bool {
-        let doubled = limits::RETRY_MS_MIN.checked_shl(self.count.saturating_sub(1)).unwrap_or(u64::MAX);
-        self.last.elapsed_ms() >= doubled.min(limits::RETRY_MS_MAX)
+    fn is_due(&self, action: Action) -> bool {
+        self.action != action || self.last.elapsed_ms() >= pause_ms(self.count)
     }
+}
+
+/// Between attempt `count` and the next.
+fn pause_ms(count: u32) -> u64 {
+    limits::RETRY_MS_MIN.checked_shl(count.saturating_sub(1)).unwrap_or(u64::MAX).min(limits::RETRY_MS_MAX)
 }
 
 /// The right to change a workload's fate on its agent; given back when dropped.
@@ -388,39 +424,95 @@ impl Dispatch {
         true
     }
 
-    /// Takes a place at a node; where there is none, the workload waits for one of those who have.
+    /// Takes a place at a node. Where all are taken, the workload waits for one. At a node that did not answer in time lately there is
+    /// one place at most, and none for a while: the next pass finds what is turned away.
     fn enter(&self, node: &Name, id: WorkloadId) -> Option<WorkloadId> {
         let mut lanes = lock(&self.lanes);
-        let lane = lanes.entry(node.clone()).or_default();
-        if lane.busy < limits::DISPATCHERS_PER_NODE_MAX {
-            lane.busy += 1;
-            return Some(id);
+        let Lanes { by_node, in_doubt } = &mut *lanes;
+        let lane = by_node.entry(node.clone()).or_default();
+        let is_in_doubt = lane.doubts > 0;
+        if is_in_doubt && (!lane.is_due() || *in_doubt >= limits::DISPATCHERS_IN_DOUBT_MAX) {
+            return None;
         }
-        if lane.parked.len() < limits::DISPATCH_QUEUE_MAX {
-            lane.parked.push_back(id);
+        if lane.busy >= if is_in_doubt { 1 } else { limits::DISPATCHERS_PER_NODE_MAX } {
+            if lane.parked.len() < limits::DISPATCH_QUEUE_MAX {
+                lane.parked.insert(id);
+            }
+            return None;
         }
-        None
+        lane.busy += 1;
+        if is_in_doubt {
+            lane.busy_in_doubt += 1;
+            *in_doubt += 1;
+        }
+        Some(id)
     }
 
-    /// The next workload that waits at a node; without one the place is left.
-    fn next(&self, node: &Name) -> Option<WorkloadId> {
+    /// Leaves a place at a node, for one that waits there; `answered` says whether the agent did in time, if it was asked. Whether it
+    /// does so again after it had not for some time.
+    fn leave(&self, node: &Name, answered: Option<bool>) -> bool {
         let mut lanes = lock(&self.lanes);
-        let lane = lanes.get_mut(node)?;
-        let next = lane.parked.pop_front();
-        if next.is_none() {
-            lane.busy = lane.busy.saturating_sub(1);
+        let Lanes { by_node, in_doubt } = &mut *lanes;
+        let Some(lane) = by_node.get_mut(node) else { return false };
+        lane.busy = lane.busy.saturating_sub(1);
+        // Which of them leaves makes no difference to the counts.
+        if lane.busy_in_doubt > 0 {
+            lane.busy_in_doubt -= 1;
+            *in_doubt = in_doubt.saturating_sub(1);
         }
-        next
+        let doubts = lane.doubts;
+        match answered {
+            Some(false) => {
+                lane.doubts = doubts.saturating_add(1).min(limits::DISPATCH_DOUBTS_MAX);
+                lane.hung = Some(Stopwatch::start());
+                // Each of them would wait as long. The next pass has them all.
+                lane.parked.clear();
+            }
+            Some(true) => lane.doubts = doubts.saturating_sub(1),
+            None => {}
+        }
+        let next = lane.parked.pop_first();
+        let is_trusted_again = doubts > 0 && lane.doubts == 0;
+        drop(lanes);
+        if let Some(next) = next {
+            // At the end of the queue: others had to wait longer.
+            self.nudge(&next);
+        }
+        is_trusted_again
     }
 
-    fn note_attempt(&self, id: &WorkloadId) {
+    /// Forgets that a node did not answer in time: it was lost, and is there again.
+    pub(super) fn trust(&self, node: &Name) {
+        if let Some(lane) = lock(&self.lanes).by_node.get_mut(node) {
+            (lane.doubts, lane.hung) = (0, None);
+        }
+    }
+
+    fn note_attempt(&self, id: &WorkloadId, action: Action) {
         let mut attempts = lock(&self.attempts);
-        let count = attempts.get(id).map_or(1, |attempts| attempts.count.saturating_add(1));
-        attempts.insert(id.clone(), Attempts { count, last: Stopwatch::start() });
+        let before = attempts.get(id).filter(|attempts| attempts.action == action);
+        let count = before.map_or(1, |attempts| attempts.count.saturating_add(1));
+        attempts.insert(id.clone(), Attempts { action, count, has_failed: false, last: Stopwatch::start() });
     }
 
-    fn is_due(&self, id: &WorkloadId) -> bool {
-        lock(&self.attempts).get(id).is_none_or(Attempts::is_due)
+    fn note_failure(&self, id: &WorkloadId) {
+        if let Some(attempts) = lock(&self.attempts).get_mut(id) {
+            attempts.has_failed = true;
+        }
+    }
+
+    /// Whether a pass is to see to it.
+    fn is_due(&self, id: &WorkloadId, action: Action) -> bool {
+        lock(&self.attempts).get(id).is_none_or(|attempts| attempts.is_due(action))
+    }
+
+    /// Whether the same failed a moment ago. After one that did not, there may be news at any time.
+    fn is_barred(&self, id: &WorkloadId, action: Action) -> bool {
+        lock(&self.attempts).get(id).is_some_and(|attempts| attempts.has_failed && !attempts.is_due(action))
+    }
+
+    fn forget_attempts(&self, id: &WorkloadId) {
+        lock(&self.attempts).remove(id);
     }
 
     fn keep_attempts(&self, unsettled: &BTreeSet<&WorkloadId>) {
@@ -480,7 +572,7 @@ mod tests {
         let c = Record { is_known: true, ..record("c") };
         let records = [&a, &b, &c];
         let plan = |reachable: bool, due: &str| {
-            let found = plan(records, |_| reachable, |id| due.contains(id.as_str()));
+            let found = plan(records, |_| reachable, |id, _| due.contains(id.as_str()));
             found.into_iter().map(|(id, action)| (id.as_str(), action)).collect::<Vec<_>>()
         };
         assert_eq!(plan(true, "abc"), [("a", Action::Start), ("b", Action::Stop)]);
@@ -513,21 +605,95 @@ mod tests {
         }
         assert_eq!(dispatch.enter(&node, id(90)), None);
         assert_eq!(dispatch.enter(&other, id(91)), Some(id(91)));
-        assert_eq!(dispatch.next(&node), Some(id(90)));
-        assert_eq!(dispatch.next(&node), None);
+        // However often it is nudged it waits once, and for any that is done.
+        assert_eq!(dispatch.enter(&node, id(90)), None);
+        assert!(!dispatch.leave(&node, Some(true)));
+        assert_eq!(dispatch.waiting.try_recv(), Ok(id(90)), "behind what waits for others");
+        assert!(!dispatch.leave(&node, None));
+        assert!(dispatch.waiting.is_empty());
         assert_eq!(dispatch.enter(&node, id(92)), Some(id(92)));
+    }
+
+    /// As if that long had passed since the last request to it hung.
+    fn wait_for(dispatch: &Dispatch, node: &Name) {
+        lock(&dispatch.lanes).by_node.get_mut(node).expect("a lane").hung = None;
+    }
+
+    #[test]
+    fn a_node_that_does_not_answer_in_time_gets_one_dispatcher_now_and_then() {
+        let dispatch = Dispatch::default();
+        let node = Name::new("n").expect("a name");
+        let id = |i: usize| WorkloadId::new(&format!("w{i}")).expect("an id");
+        for i in 0..limits::DISPATCHERS_PER_NODE_MAX {
+            assert!(dispatch.enter(&node, id(i)).is_some());
+        }
+        assert_eq!(dispatch.enter(&node, id(90)), None);
+        for _ in 0..limits::DISPATCHERS_PER_NODE_MAX {
+            assert!(!dispatch.leave(&node, Some(false)));
+        }
+        assert!(dispatch.waiting.is_empty(), "what waited there is not handed to the next dispatcher");
+        assert_eq!(dispatch.enter(&node, id(90)), None, "not yet");
+        wait_for(&dispatch, &node);
+        assert!(dispatch.enter(&node, id(90)).is_some());
+        assert_eq!(dispatch.enter(&node, id(91)), None, "one to try it");
+        assert!(!dispatch.leave(&node, Some(true)));
+        assert_eq!(dispatch.waiting.try_recv(), Ok(id(91)));
+        // So many answers make up for as many that were not.
+        assert!(dispatch.enter(&node, id(91)).is_some());
+        assert_eq!(dispatch.enter(&node, id(92)), None);
+        assert!(!dispatch.leave(&node, Some(true)));
+        assert!(dispatch.enter(&node, id(93)).is_some());
+        assert!(dispatch.leave(&node, Some(true)), "as before");
+        for i in 0..limits::DISPATCHERS_PER_NODE_MAX {
+            assert!(dispatch.enter(&node, id(i)).is_some());
+        }
+        assert!(!dispatch.leave(&node, Some(false)));
+        dispatch.trust(&node);
+        assert!(dispatch.enter(&node, id(94)).is_some(), "an agent that was started anew");
+    }
+
+    #[test]
+    fn however_many_nodes_hang_the_others_have_dispatchers() {
+        let dispatch = Dispatch::default();
+        let id = WorkloadId::new("a").expect("an id");
+        let nodes: Vec<Name> = (0..20).map(|i| Name::new(&format!("n{i}")).expect("a name")).collect();
+        for node in &nodes {
+            assert!(dispatch.enter(node, id.clone()).is_some());
+            dispatch.leave(node, Some(false));
+            wait_for(&dispatch, node);
+        }
+        let try_all = || nodes.iter().filter(|node| dispatch.enter(node, id.clone()).is_some()).collect::<Vec<_>>();
+        let entered = try_all();
+        assert_eq!(entered.len(), limits::DISPATCHERS_IN_DOUBT_MAX);
+        let well = Name::new("well").expect("a name");
+        assert!(dispatch.enter(&well, id.clone()).is_some());
+        assert!(!entered.into_iter().any(|node| dispatch.leave(node, Some(false))));
+        let next = try_all();
+        assert_eq!(next.len(), limits::DISPATCHERS_IN_DOUBT_MAX);
+        for node in next {
+            dispatch.trust(node);
+            assert!(!dispatch.leave(node, None));
+        }
+        assert_eq!(lock(&dispatch.lanes).in_doubt, 0);
     }
 
     #[test]
     fn attempts_grow_apart() {
         let dispatch = Dispatch::default();
         let id = WorkloadId::new("a").expect("an id");
-        assert!(dispatch.is_due(&id));
-        dispatch.note_attempt(&id);
-        assert!(!dispatch.is_due(&id));
+        assert!(dispatch.is_due(&id, Action::Stop));
+        dispatch.note_attempt(&id, Action::Stop);
+        assert!(!dispatch.is_due(&id, Action::Stop));
+        // News may come at any time, but not of what failed; and a new wish is no second attempt.
+        assert!(!dispatch.is_barred(&id, Action::Stop));
+        dispatch.note_failure(&id);
+        assert!(dispatch.is_barred(&id, Action::Stop));
+        assert!(dispatch.is_due(&id, Action::Delete) && !dispatch.is_barred(&id, Action::Delete));
         dispatch.keep_attempts(&BTreeSet::new());
-        assert!(dispatch.is_due(&id));
-        let often = Attempts { count: u32::MAX, last: Stopwatch::start() };
-        assert!(!often.is_due());
+        assert!(dispatch.is_due(&id, Action::Stop) && !dispatch.is_barred(&id, Action::Stop));
+        let often = Attempts { action: Action::Stop, count: u32::MAX, has_failed: false, last: Stopwatch::start() };
+        assert!(!often.is_due(Action::Stop));
+        assert_eq!((pause_ms(1), pause_ms(2)), (limits::RETRY_MS_MIN, 2 * limits::RETRY_MS_MIN));
+        assert_eq!((pause_ms(0), pause_ms(u32::MAX)), (limits::RETRY_MS_MIN, limits::RETRY_MS_MAX));
     }
 }

@@ -1,5 +1,6 @@
 //! The control plane over real sockets, against a fake agent.
 
+mod nodes;
 mod world;
 
 use std::sync::atomic::Ordering;

@@ -1,6 +1,7 @@
 //! The line protocol between the control plane, or a person with `nc`, and an agent: one JSON object a line.
 //!
-//! Requests are read strictly ([`Request::parse`]); replies leniently, for an agent may be one version ahead.
+//! Requests are read strictly ([`Request::parse`]); replies leniently, for an agent may be one version ahead. What it says of a
+//! workload in a state of its own is not read at all ([`Unreadable`]), for no state is invented.
 //!
 //! What the shapes alone do not say:
 //!
@@ -20,6 +21,7 @@
 //!   the agent itself is at it.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -673,12 +675,46 @@ impl Reply {
         line_of(&Line { reply: self, seq })
     }
 
-    /// Reads a line of an agent; unknown fields are ignored, an unknown type is an error.
+    /// Reads a line of an agent; unknown fields, reasons and phases are ignored, an unknown type or state is an error.
     ///
     /// # Errors
     /// What does not fit.
-    pub fn parse(line: &[u8]) -> Result<Self, serde_json::Error> {
-        serde_json::from_slice(line)
+    pub fn parse(line: &[u8]) -> Result<Self, Unreadable> {
+        serde_json::from_slice(line).map_err(|cause| {
+            let words = serde_json::from_slice::<Words>(line).ok();
+            let is_reply = words.is_some();
+            Unreadable { is_reply, id: words.and_then(|words| words.id).and_then(|id| WorkloadId::new(&id).ok()), cause }
+        })
+    }
+}
+
+/// What every reply has, and what those about a workload have, in whatever version.
+#[derive(Deserialize)]
+struct Words {
+    #[allow(dead_code)] // Its presence makes it a reply.
+    r#type: String,
+    id: Option<String>,
+}
+
+/// A line that is no reply of this version.
+#[derive(Debug)]
+pub struct Unreadable {
+    /// Whether it may be one of a later version.
+    pub is_reply: bool,
+    /// The workload it names.
+    pub id: Option<WorkloadId>,
+    cause: serde_json::Error,
+}
+
+impl fmt::Display for Unreadable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.is_reply { "a reply in words that this version does not know" } else { "no reply" })
+    }
+}
+
+impl std::error::Error for Unreadable {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&self.cause)
     }
 }
 
@@ -768,6 +804,16 @@ mod tests {
         assert!(text.starts_with(r#"{"type":"Status","id":"a","state":"Running","status":{"#), "{text}");
         assert!(text.ends_with("\"seq\":7}\n"), "{text}");
         assert_eq!(Reply::parse(&line).expect("read"), reply);
+        let text = String::from_utf8(line).expect("UTF-8");
+        let check = |line: &str, expect: Option<Option<&str>>| {
+            let error = Reply::parse(line.as_bytes()).expect_err(line);
+            assert_eq!(error.is_reply.then(|| error.id.as_ref().map(WorkloadId::as_str)), expect, "{line}");
+        };
+        check(&text.replace("\"Running\"", "\"Frozen\""), Some(Some("a")));
+        check(r#"{"type":"Weather","id":5,"wind":1}"#, None);
+        check(r#"{"type":"Weather"}"#, Some(None));
+        check("nonsense", None);
+        check("{}", None);
         let error = Reply::error(ErrorCode::NotFound, "no such workload", Some("a".into()));
         let text = String::from_utf8(error.to_line(None)).expect("UTF-8");
         assert_eq!(text, "{\"type\":\"Error\",\"code\":\"NotFound\",\"message\":\"no such workload\",\"id\":\"a\"}\n");

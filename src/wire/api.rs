@@ -131,7 +131,7 @@ pub struct NodeObject {
     pub address: String,
     /// Whether it takes work.
     pub ready: bool,
-    /// Why not.
+    /// Why not, or what else is wrong with it.
     pub message: Option<String>,
     /// When its agent last answered.
     pub observed_at: Option<Timestamp>,

@@ -1,7 +1,9 @@
 //! What is known of a workload, as every answer shows it: one shape for the line protocol, HTTP and the store.
 //!
-//! Read leniently: a newer agent may say more.
+//! Read leniently: a newer agent may say more, and in words that this version does not know. Such a reason or phase is none; what is
+//! stored is compared with what was read of it (`wire::stored`), so that nothing is lost there.
 
+use serde::de::IntoDeserializer;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::{Map, Value};
 
@@ -28,14 +30,23 @@ macro_rules! as_text {
 
 as_text!(Desired, Phase, Reason, State, Timestamp);
 
+/// A word, or none where it is `null`, absent, or of a later version.
+fn if_known<'de, T: Deserialize<'de>, D: Deserializer<'de>>(deserializer: D) -> Result<Option<T>, D::Error> {
+    let text = Option::<String>::deserialize(deserializer)?;
+    let known = |text: String| T::deserialize(IntoDeserializer::<serde::de::value::Error>::into_deserializer(text)).ok();
+    Ok(text.and_then(known))
+}
+
 /// What is known of a workload. `null` is "unknown" or "not so", never a guess.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
     /// Why it is in its state.
+    #[serde(default, deserialize_with = "if_known")]
     pub reason: Option<Reason>,
     /// The reason in words: the first cause, not the last symptom.
     pub message: Option<String>,
     /// What is being done right now.
+    #[serde(default, deserialize_with = "if_known")]
     pub phase: Option<Phase>,
     /// Where it is placed.
     pub node: Option<String>,
@@ -156,6 +167,18 @@ mod tests {
         assert_eq!(value["reason"], "OOMKilled");
         assert_eq!(value["exit_code"], Value::Null);
         value["from_the_future"] = 1.into();
+        assert_eq!(serde_json::from_value::<Status>(value).expect("read"), status);
+    }
+
+    #[test]
+    fn words_of_a_later_version_are_none() {
+        let status = Status::accepted(None);
+        let mut value = serde_json::to_value(&status).expect("JSON");
+        (value["reason"], value["phase"]) = ("Preempted".into(), "Migrating".into());
+        assert_eq!(serde_json::from_value::<Status>(value.clone()).expect("read"), status);
+        value["reason"] = 7.into();
+        assert!(serde_json::from_value::<Status>(value.clone()).is_err(), "no word at all");
+        value.as_object_mut().expect("an object").retain(|key, _| key != "reason" && key != "phase");
         assert_eq!(serde_json::from_value::<Status>(value).expect("read"), status);
     }
 }

@@ -183,7 +183,7 @@ fn status(fields: &mut Fields<'_>) -> Option<Status> {
     let given = fields.required("status", given)?;
     match serde_json::from_value::<Status>(given.clone()) {
         Ok(status) if serde_json::to_value(&status).is_ok_and(|read| covers(&read, &given)) => return Some(status),
-        Ok(_) => fields.problem("status", "has fields that this version does not know"),
+        Ok(_) => fields.problem("status", "has fields or words that this version does not know"),
         Err(error) => fields.problem("status", format!("is no status: {error}")),
     }
     None
@@ -239,6 +239,8 @@ mod tests {
         check("\"born\"", "\"borm\"", "/born: is required; /borm: unknown field; did you mean born?");
         check("\"oom_killed\":false", "\"oom_killed\":false,\"new\":1", "/status: has fields");
         check("\"oom_killed\":false", "\"oom_killed\":3", "/status: is no status");
+        check("\"reason\":null", "\"reason\":\"Preempted\"", "/status: has fields or words");
+        check("\"phase\":null", "\"phase\":\"Migrating\"", "/status: has fields or words");
         let born = |number: u64| format!("\"born\":{number}");
         check(&born(REVISION_MAX), &born(REVISION_MAX + 1), "/born: must be");
         check("\"image\"", "\"imago\"", "/workload/image: is required");

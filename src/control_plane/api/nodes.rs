@@ -2,7 +2,7 @@
 
 use super::{Answer, Api, Call, Refusal};
 use crate::http::{Response, Status};
-use crate::metrics::{HTTP_RESPONSES, Kind, Labels, STORE_COMMITS, STORE_FAILURES, Text};
+use crate::metrics::{HTTP_RESPONSES, Kind, Labels, STORE_COMMITS, STORE_FAILURES, Text, WATCH_LINES_UNREAD};
 use crate::wire::api::{Nodes, Version, to_json};
 use crate::workload::Name;
 
@@ -66,6 +66,8 @@ impl Api {
         text.family("kakuri_node_last_heartbeat_timestamp_seconds", Kind::Gauge, "When its agent last answered.", heard);
         let strangers = self.plane.nodes.iter().map(|(name, node)| (Labels::of(&[("node", name.as_str())]), node.strangers()));
         text.family("kakuri_node_strangers", Kind::Gauge, "Workloads there that this control plane did not place there.", strangers);
+        let unread = "Events of agents that this version cannot read.";
+        text.family("kakuri_watch_lines_unread_total", Kind::Counter, unread, [(Labels::none(), WATCH_LINES_UNREAD.value())]);
         // Of those that answer: the last word of another says nothing about now.
         let said = || {
             let answering = views.iter().filter(|(_, view)| view.is_reachable);

@@ -7,12 +7,13 @@ use std::thread;
 
 use serde_json::{Value, json};
 
+use super::super::store::{Insertion, Record, Wish};
 use super::super::*;
 use crate::deadline::Timestamp;
 use crate::net::line::LineReader;
 use crate::net::listen::{Listener, Server};
 use crate::wire::Status;
-use crate::wire::agent::{ErrorCode, Event, EventKind, ExecResult, LogLine, LogStream, Object, Reply, Request};
+use crate::wire::agent::{ErrorCode, Event, EventKind, ExecResult, LogLine, LogStream, Object, Reply, Request, Resources};
 use crate::wire::workload::to_map;
 use crate::workload::{Phase, State};
 
@@ -31,12 +32,19 @@ pub(super) struct Fake {
     /// What it calls itself.
     pub(super) name: String,
     pub(super) workloads: BTreeMap<String, Object>,
-    watchers: Vec<Sender<Reply>>,
+    /// Where lines for those who watch go.
+    watchers: Vec<Sender<Vec<u8>>>,
+    /// Lines that begin a watch, before the list.
+    pub(super) prelude: Vec<String>,
     /// The types of requests so far, with the id.
     pub(super) asked: Vec<String>,
     faults: Vec<(&'static str, Fault)>,
     /// DeleteWorkload only begins; [`FakeAgent::forget`] ends it.
     pub(super) deletes_slowly: bool,
+    /// Changes are not answered as long as this is so; all else is.
+    pub(super) hangs: bool,
+    /// Memory it says its workloads take.
+    pub(super) allocated_mb: u64,
     revision: u64,
 }
 
@@ -79,6 +87,27 @@ impl FakeAgent {
         self.changed.notify_all();
     }
 
+    /// Says a line to all who watch.
+    pub(super) fn say(&self, line: &str) {
+        let line = format!("{line}\n").into_bytes();
+        self.lock().watchers.retain(|watcher| watcher.try_send(line.clone()).is_ok());
+    }
+
+    /// From now on answers everything.
+    pub(super) fn wake(&self) {
+        self.lock().hangs = false;
+        self.changed.notify_all();
+    }
+
+    /// Waits as long as it hangs; whether it still does, and is to end.
+    fn hang(&self, stopping: &AtomicBool) -> bool {
+        let mut fake = self.lock();
+        while fake.hangs && !stopping.load(Ordering::SeqCst) {
+            fake = self.changed.wait_timeout(fake, Duration::from_millis(20)).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        fake.hangs
+    }
+
     pub(super) fn answer(&self, request: Request, stopping: &AtomicBool) -> Vec<Reply> {
         let mut fake = self.lock();
         let status = |id: &str, object: &Object| Reply::Status { id: id.into(), state: object.state, status: object.status.clone() };
@@ -86,7 +115,8 @@ impl FakeAgent {
         let reply = match request {
             Request::GetNode => {
                 let node = super::super::scheduler::tests::node(&fake.name, &["gvisor", "native"]);
-                Reply::Node(Box::new(crate::wire::agent::Node { stopping: 2, oldest_stopping_ms: 90_500, ..node }))
+                let allocated = Resources { memory_mb: fake.allocated_mb, ..node.allocated };
+                Reply::Node(Box::new(crate::wire::agent::Node { allocated, stopping: 2, oldest_stopping_ms: 90_500, ..node }))
             }
             Request::StartWorkload { workload, .. } => {
                 let id = workload.id.to_string();
@@ -168,18 +198,16 @@ impl FakeAgent {
         {
             let mut fake = self.lock();
             let objects: Vec<Object> = fake.workloads.values().cloned().collect();
+            let revision = fake.revision;
+            let list = objects.into_iter().map(|object| Reply::Event(Event { revision, event: EventKind::Added, object }));
+            let list = list.chain([Reply::Heartbeat { time: Timestamp::now(), revision }]).map(|reply| reply.to_line(None));
+            let prelude = fake.prelude.iter().map(|line| format!("{line}\n").into_bytes());
+            prelude.chain(list).for_each(|line| sender.send(line).expect("room"));
             fake.watchers.push(sender);
-            let fake = &mut *fake;
-            for object in objects {
-                let event = Reply::Event(Event { revision: fake.revision, event: EventKind::Added, object });
-                fake.watchers.last().expect("just pushed").send(event).expect("room");
-            }
-            let heartbeat = Reply::Heartbeat { time: Timestamp::now(), revision: fake.revision };
-            fake.watchers.last().expect("just pushed").send(heartbeat).expect("room");
         }
         while !stopping.load(Ordering::SeqCst) {
-            let Ok(reply) = receiver.recv_timeout(Duration::from_millis(20)) else { continue };
-            if stream.write_all(&reply.to_line(None), soon()).is_err() {
+            let Ok(line) = receiver.recv_timeout(Duration::from_millis(20)) else { continue };
+            if stream.write_all(&line, soon()).is_err() {
                 return;
             }
         }
@@ -188,7 +216,7 @@ impl FakeAgent {
 
 pub(super) fn tell(fake: &mut Fake, event: EventKind, object: Object) {
     fake.revision += 1;
-    let event = Reply::Event(Event { revision: fake.revision, event, object });
+    let event = Reply::Event(Event { revision: fake.revision, event, object }).to_line(None);
     fake.watchers.retain(|watcher| watcher.try_send(event.clone()).is_ok());
 }
 
@@ -215,6 +243,7 @@ impl Service for FakeService {
                     thread::sleep(late);
                     vec![reply]
                 }
+                None if request.is_change() && self.0.hang(stopping) => return,
                 None if matches!(request, Request::Watch { .. }) => return self.0.watch(&mut stream, stopping),
                 None => self.0.answer(request, stopping),
             };
@@ -343,6 +372,56 @@ impl World {
         if let Some(node) = self.node {
             node.stop(2000);
         }
+    }
+}
+
+/// A control plane with several nodes, `node-1` and so on, and no API.
+pub(super) struct Fleet {
+    pub(super) agents: Vec<Arc<FakeAgent>>,
+    servers: Vec<Server>,
+    pub(super) running: Running,
+}
+
+impl Fleet {
+    pub(super) fn new(nodes: usize) -> Self {
+        let (mut agents, mut servers, mut names) = (Vec::new(), Vec::new(), Vec::new());
+        for i in 1..=nodes {
+            let (agent, name) = (Arc::<FakeAgent>::default(), format!("node-{i}"));
+            agent.lock().name.clone_from(&name);
+            let service = Arc::new(FakeService(Arc::clone(&agent)));
+            let server = Server::start(Listener::bind(&any_port()).expect("a port"), "agent", service).expect("a thread");
+            names.push((Name::new(&name).expect("a name"), server.address().clone()));
+            agents.push(agent);
+            servers.push(server);
+        }
+        let running = Running::start(names, Store::forgetful(), limits::HISTORY_DEFAULT).expect("threads");
+        let fleet = Self { agents, servers, running };
+        eventually("all nodes are ready", || fleet.running.plane.nodes.values().all(|node| node.view().trouble.is_none()));
+        fleet
+    }
+
+    /// Has the control plane wish away workloads that the `n`th node, counted from 0, has.
+    pub(super) fn delete(&self, n: usize, ids: impl Iterator<Item = String>) {
+        let store = &self.running.plane.store;
+        for id in ids {
+            let draft = super::super::store::tests::draft(r#"{"image":"busybox"}"#);
+            let id = crate::workload::WorkloadId::new(&id).expect("an id");
+            let workload = draft.resolve(id.clone(), Name::new("gvisor").expect("a name"));
+            let object = Object { state: State::Running, status: Box::new(Status::accepted(None)), spec: to_map(&workload) };
+            self.agents[n].lock().workloads.insert(id.to_string(), object);
+            let record = Record::new(workload, Name::new(&format!("node-{}", n + 1)).expect("a name"), serde_json::Map::new());
+            let Ok(Insertion::Inserted(record)) = store.insert(Record { is_known: true, has_run: true, state: State::Running, ..record })
+            else {
+                panic!("{id} is taken");
+            };
+            store.wish(&id, record.born, Wish::Delete).expect("taken");
+            self.running.plane.dispatch.nudge(&id);
+        }
+    }
+
+    pub(super) fn end(self) {
+        self.running.stop();
+        self.servers.into_iter().for_each(|server| server.stop(2000));
     }
 }
 
