@@ -123,6 +123,12 @@ impl From<disk::Error> for Error {
     }
 }
 
+/// Descriptors that so many nodes may need: a pool and a watch each; a client has two, and asks an agent with another; the store,
+/// listeners, and what is open for a moment.
+fn descriptors(nodes: usize) -> usize {
+    nodes * (limits::NODE_POOL_MAX + 1) + limits::CONNECTIONS_MAX * 3 + limits::LISTENERS_MAX + limits::DISPATCHERS + 64
+}
+
 fn run(config: &ControlPlaneConfig) -> Result<(), Error> {
     log::info!("version {}, {} nodes", env!("CARGO_PKG_VERSION"), config.nodes.len());
     if config.insecure_listen {
@@ -131,7 +137,7 @@ fn run(config: &ControlPlaneConfig) -> Result<(), Error> {
     if config.nodes.is_empty() {
         log::warn!("no node is configured, so nothing can be placed; add --node ID=ADDR");
     }
-    daemon::raise_descriptors(limits::descriptors(config.nodes.len()));
+    daemon::raise_descriptors(descriptors(config.nodes.len()));
     let signals = daemon::signals(config.until_eof)?;
     let store = Store::open(&config.data_dir)?;
     let running = Running::start(config.nodes.clone(), store, config.history)?;

@@ -364,8 +364,6 @@ pub const NODES_MAX: usize = 1000;
 pub const PAGE_MAX: usize = 500;
 /// Idle connections kept per agent.
 pub const NODE_POOL_MAX: usize = 16;
-/// Descriptors a control plane may need.
-pub const DESCRIPTORS_MAX: usize = 1 << 15;
 /// Connecting to an agent.
 pub const NODE_CONNECT_MS_MAX: u64 = 2000;
 /// One quick request to an agent and its reply.
@@ -455,11 +453,4 @@ const _: () = assert!(NODE_WAIT_SLICE_MS * 4 <= DRAIN_MS, "a long wait notices t
 const _: () = assert!(DISPATCHERS_PER_NODE_MAX * 2 < DISPATCHERS, "two nodes that hang leave a dispatcher to the others");
 const _: () = assert!(DISPATCHERS_IN_DOUBT_MAX < DISPATCHERS, "however many nodes hang, the others have dispatchers");
 const _: () = assert!(NODE_IDLE_MS_MAX < IDLE_MS_MAX, "an idle connection is closed by whoever pools it");
-const _: () = assert!(descriptors(NODES_MAX) <= DESCRIPTORS_MAX, "however many nodes there are");
-const _: () = assert!(descriptors(0) < 1024, "one without nodes does with what a process commonly has, and so does an agent");
-
-/// Descriptors of a control plane of so many nodes: a pool and a watch each; a client has two, and asks an agent with another; the
-/// store, listeners, and what is open for a moment.
-pub const fn descriptors(nodes: usize) -> usize {
-    nodes * (NODE_POOL_MAX + 1) + CONNECTIONS_MAX * 3 + LISTENERS_MAX + DISPATCHERS + 64
-}
+const _: () = assert!(CONNECTIONS_MAX * 3 + LISTENERS_MAX + DISPATCHERS + 64 < 1024, "what a process commonly has does for all but nodes");
