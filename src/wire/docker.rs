@@ -1,8 +1,11 @@
 //! Registry credentials as Docker keeps them: `config.json` with `auths`. Credential helpers are programs, and are not run.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::fmt;
 
+use base64::Engine;
+use base64::engine::general_purpose::{STANDARD as BASE64, STANDARD_NO_PAD as BASE64_UNPADDED};
 use serde::Deserialize;
 
 use crate::workload::ImageRef;
@@ -46,19 +49,86 @@ pub struct Credentials {
 }
 
 impl Credentials {
-    /// A text without the secrets, should it quote them.
-    pub fn scrub(&self, mut text: String) -> String {
-        for secret in [&self.auth, &self.password, &self.identity_token] {
-            // Shorter ones would tear words apart that merely contain them.
-            if secret.len() >= SCRUBBED_BYTES_MIN {
-                text = text.replace(secret.as_str(), "***");
-            }
-        }
-        text
+    /// A text without the secrets, should it quote them, as they are or in the escapes of Go, JSON and URLs, whole or cut by its end.
+    pub fn scrub(&self, text: String) -> String {
+        let mut secrets = vec![self.auth.clone(), self.password.clone(), self.identity_token.clone()];
+        // What either form of the two becomes on its way to a registry.
+        secrets.extend(password_of(&self.auth));
+        secrets.push(BASE64.encode(format!("{}:{}", self.username, self.password)));
+        // Shorter ones would tear words apart that merely contain them.
+        secrets.retain(|secret| secret.chars().count() >= SCRUBBED_CHARS_MIN);
+        // A longer one may contain a shorter one.
+        secrets.sort_by_key(|secret| Reverse(secret.len()));
+        secrets.iter().fold(text, |text, secret| mask(&text.replace(secret.as_str(), MASK), secret))
     }
 }
 
-const SCRUBBED_BYTES_MIN: usize = 4;
+const SCRUBBED_CHARS_MIN: usize = 4;
+const MASK: &str = "***";
+
+/// The password in an `auth`.
+fn password_of(auth: &str) -> Option<String> {
+    let bytes = BASE64.decode(auth).or_else(|_| BASE64_UNPADDED.decode(auth)).ok()?;
+    let text = String::from_utf8(bytes).ok()?;
+    // containerd cuts zeros off, too.
+    text.split_once(':').map(|(_, password)| password.trim_matches('\0').to_owned())
+}
+
+/// A text with a secret masked, however each of its characters is written.
+fn mask(text: &str, secret: &str) -> String {
+    let forms: Vec<Vec<String>> = secret.chars().map(forms).collect();
+    let mut out = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some(first) = rest.chars().next() {
+        match after(rest, &forms) {
+            Some(after) => {
+                out.push_str(MASK);
+                rest = after;
+            }
+            None => {
+                out.push(first);
+                rest = rest.strip_prefix(first).unwrap_or_default();
+            }
+        }
+    }
+    out
+}
+
+/// What follows a secret that a text begins with. Nothing follows one that the end of the text cuts.
+fn after<'a>(text: &'a str, forms: &[Vec<String>]) -> Option<&'a str> {
+    let mut rest = text;
+    for (n, forms) in forms.iter().enumerate() {
+        // As messages are clipped.
+        let cut = rest.strip_suffix("...").unwrap_or(rest);
+        if n >= SCRUBBED_CHARS_MIN && forms.iter().any(|form| form.len() > cut.len() && form.starts_with(cut)) {
+            return Some("");
+        }
+        rest = forms.iter().find_map(|form| rest.strip_prefix(form.as_str()))?;
+    }
+    Some(rest)
+}
+
+/// The ways to write a character, the longer before those they begin with.
+fn forms(c: char) -> Vec<String> {
+    let bytes = c.to_string().into_bytes();
+    let in_bytes = |write: &dyn Fn(&u8) -> String| bytes.iter().map(write).collect::<String>();
+    let code = u32::from(c);
+    let mut forms = vec![
+        in_bytes(&|b| format!("%{b:02X}")),
+        in_bytes(&|b| format!("%{b:02x}")),
+        in_bytes(&|b| format!("\\x{b:02x}")),
+        format!("\\u{code:04x}"),
+        format!("\\u{code:04X}"),
+    ];
+    match c {
+        '"' | '\'' | '/' | '\\' => forms.push(format!("\\{c}")),
+        '\n' | '\r' | '\t' => forms.push(c.escape_debug().to_string()),
+        ' ' => forms.push("+".to_owned()),
+        _ => {}
+    }
+    forms.push(c.to_string());
+    forms
+}
 
 impl fmt::Debug for Credentials {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -179,5 +249,35 @@ mod tests {
         };
         let text = "kuru said sesame, or a3VydTpzZXNhbWU=, and that was that".to_owned();
         assert_eq!(credentials.scrub(text), "kuru said ***, or ***, and that was that");
+    }
+
+    #[test]
+    fn a_secret_is_scrubbed_in_every_form_it_takes_on_its_way() {
+        let of = |auth: &str, username: &str, password: &str| Credentials {
+            auth: auth.into(),
+            username: username.into(),
+            password: password.into(),
+            identity_token: String::new(),
+        };
+        let check = |credentials: &Credentials, text: &str, expected: &str| assert_eq!(credentials.scrub(text.into()), expected);
+        // What is in an `auth`, and what the two others become.
+        let auth_alone = of("a3VydTpzZXNhbWU=", "", "");
+        check(&auth_alone, "user kuru, password sesame", "user kuru, password ***");
+        check(&of("a3VydTpzZXNhbWU", "", ""), "password sesame", "password ***");
+        check(&of("", "kuru", "sesame"), "Authorization: Basic a3VydTpzZXNhbWU=", "Authorization: Basic ***");
+        // Escaped, of Go's %q and JSON, and of URLs of every strictness.
+        let hard = of("", "kuru", "a\"b\\c d%e/f&g");
+        for text in
+            ["a\"b\\c d%e/f&g", "a\\\"b\\\\c d%e/f&g", "a\\\"b\\\\c d%e/f\\u0026g", "a%22b%5Cc+d%25e%2Ff%26g", "a%22b%5cc%20d%25e/f&g"]
+        {
+            check(&hard, &format!("x {text} y"), "x *** y");
+        }
+        check(&of("", "u", "s\u{e9}same"), "s%C3%A9same s\\u00e9same s\\xc3\\xa9same", "*** *** ***");
+        // Cut by an end, and by the mark of one.
+        check(&auth_alone, "password sesa", "password ***");
+        check(&auth_alone, "password sesa...", "password ***");
+        check(&hard, "a%22b%5Cc+d%2", "***");
+        check(&auth_alone, "password ses", "password ses");
+        check(&auth_alone, "sesa and sesam", "sesa and ***");
     }
 }
