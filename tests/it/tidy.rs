@@ -55,7 +55,7 @@ const DOORS: [(&str, &[&str]); 20] = [
     (
         "rustix",
         &[
-            "agent/images/collect.rs",
+            "agent/images/",
             "agent/journal.rs",
             "agent/logs/files.rs",
             "control_plane/store/disk.rs",

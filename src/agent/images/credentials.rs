@@ -6,10 +6,12 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+
+use rustix::fs::{Mode, OFlags, open};
 
 use super::ledger::Source;
 use crate::limits;
@@ -92,10 +94,7 @@ impl Files {
                 None => return Ok(Shown { credentials: None, source: Source::Anonymous }),
             },
         };
-        let text = read(path).map_err(|kind| {
-            log::warn!("{}: {}", path.display(), fail_words(&kind));
-            fail(kind)
-        })?;
+        let text = read(path).map_err(fail)?;
         match (docker::credentials(&text, image).map_err(|error| fail(Kind::Format(error)))?, name) {
             (Some(credentials), Some(name)) => Ok(Shown { credentials: Some(credentials), source: Source::Named(name.clone()) }),
             (Some(credentials), None) => Ok(Shown { credentials: Some(credentials), source: Source::Node }),
@@ -105,23 +104,15 @@ impl Files {
     }
 }
 
-fn fail_words(kind: &Kind) -> &'static str {
-    match kind {
-        Kind::Exposed(_) => "others may read or change these credentials",
-        Kind::Format(_) | Kind::NoSuchSet | Kind::NotForRegistry(_) => "no credentials",
-        Kind::NotAFile => "not a file",
-        Kind::Read(_) => "these credentials cannot be read",
-        Kind::TooLarge => "too large for a file of credentials",
-    }
-}
-
 fn read(path: &Path) -> Result<String, Kind> {
-    // Opening anything else could wait for ever.
-    if !fs::metadata(path).map_err(Kind::Read)?.is_file() {
+    // Without NONBLOCK, opening a pipe would wait for its other end.
+    let file =
+        File::from(open(path, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty()).map_err(|e| Kind::Read(e.into()))?);
+    let metadata = file.metadata().map_err(Kind::Read)?;
+    if !metadata.is_file() {
         return Err(Kind::NotAFile);
     }
-    let file = File::open(path).map_err(Kind::Read)?;
-    let mode = file.metadata().map_err(Kind::Read)?.permissions().mode() & 0o777;
+    let mode = metadata.permissions().mode() & 0o777;
     // A group of the agent's own may read it; nobody else may, and none but its owner may write.
     if mode & 0o027 != 0 {
         return Err(Kind::Exposed(mode));
@@ -134,6 +125,8 @@ fn read(path: &Path) -> Result<String, Kind> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     const TEXT: &str = r#"{"auths":{"r.test":{"username":"kakuri","password":"open-sesame"}}}"#;
@@ -206,6 +199,10 @@ mod tests {
         check(dir.file("broken", r#"{"auths":{"r.test":{"password":open-sesame}}}"#, 0o600), "not a docker config.json (line 1)");
         check(dir.0.join("absent"), "cannot be read");
         check(dir.0.clone(), "not a file");
+        // Nobody ever writes to it, and nobody waits for that.
+        let pipe = dir.0.join("pipe");
+        rustix::fs::mkfifoat(rustix::fs::CWD, &pipe, Mode::from_raw_mode(0o600)).expect("a pipe");
+        check(pipe, "not a file");
         let files = Files { node: Some(dir.file("group", TEXT, 0o640)), named: BTreeMap::new() };
         assert!(files.find(&image("r.test/a:1"), None).is_ok());
         let full = dir.file("full", &format!("{TEXT}{}", " ".repeat(limits::CREDENTIALS_BYTES_MAX - TEXT.len())), 0o600);
