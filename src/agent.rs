@@ -10,7 +10,8 @@
 //! | agent-N | one per connection |
 //! | start-N | starts workloads, one at a time each |
 //! | pull-N | pulls images for starts that wait for them |
-//! | images | writes down what was pulled, and collects images |
+//! | images | collects images |
+//! | ledger | writes down what was pulled |
 //! | end-N | stops and removes workloads |
 //! | probe-N | asks guests for their kernel |
 //! | health-N | asks workloads how they are |
@@ -221,20 +222,24 @@ fn run(config: &AgentConfig) -> Result<(), Box<dyn std::error::Error>> {
     let servers = daemon::serve(&config.listen, "agent", &agent)?;
     let queues = WorkQueues { starts: start_queue, ends: end_queue, probes: probe_queue, checks: check_queue, sweeps: sweep_queue };
     let a = Arc::clone(&agent);
-    let writer = (spawn("journal", move || journal_loop(&a, journal))?, false);
+    let journal = (spawn("journal", move || journal_loop(&a, journal))?, false);
+    let a = Arc::clone(&agent);
+    let writers = [journal, (spawn("ledger", move || images::write_loop(&a))?, false)];
     let mut threads = start_threads(&agent, config, &queues)?;
     wait_for_first_list(&agent);
     daemon::announce(&servers, config.ready_file.as_deref())?;
-    threads.push(writer);
+    let workers = threads.len();
+    threads.extend(writers);
     let result = wait_for_stop(&signals, &threads);
     log::info!("stopping; workloads go on running");
-    let writer = threads.pop().map(|(writer, _)| writer);
+    let writers = threads.split_off(workers);
     stop_all(&agent, servers, stop_sender, &mut threads);
     // Last, for what the others did in their last moments is written down too.
+    agent.images.end();
     agent.journal_ends.store(true, Ordering::SeqCst);
     agent.registry.wake_writer();
     // A panic was logged where it happened.
-    writer.into_iter().for_each(|writer| drop(writer.join()));
+    writers.into_iter().for_each(|(writer, _)| drop(writer.join()));
     result.map_err(Into::into)
 }
 

@@ -209,10 +209,11 @@ pub const PULL_RETRY_MS_MAX: u64 = 30_000;
 pub const CREDENTIALS_BYTES_MAX: usize = 256 * 1024;
 /// Sets of registry credentials that workloads may name.
 pub const CREDENTIALS_MAX: usize = 64;
-/// Images an agent remembers to have pulled; what is over is never collected.
+/// Images an agent remembers to have pulled, and pulls whose end it waits for. What is over is never collected, if everybody may use
+/// it, and not pulled otherwise.
 pub const IMAGES_MAX: usize = 4096;
-/// Names, and sets of credentials, an image is remembered to have been pulled under.
-pub const IMAGE_NAMES_MAX: usize = 64;
+/// Names, and sets of credentials, an image is remembered to have been pulled under; under others it is pulled again.
+pub const IMAGE_NAMES_MAX: usize = 16;
 /// The file they are remembered in.
 pub const IMAGES_FILE_BYTES_MAX: usize = 64 << 20;
 /// Images one `CollectImages` tells of.
@@ -438,6 +439,12 @@ const _: () = assert!((LOG_LINE_BYTES_MAX + LOG_RECORD_BYTES_MAX) * 5 < LINE_BYT
 const _: () = assert!(AGENT_SPECS_BYTES_MAX + AGENT_WORKLOADS_MAX * 1536 < GRPC_MESSAGE_BYTES_MAX, "the runtime can list all workloads");
 const _: () = assert!(WORKLOAD_BYTES_MAX + 16 * 1024 < LINE_BYTES_MAX, "a workload and its status fit one reply");
 const _: () = assert!(IMAGES_SHOWN_MAX * (IMAGE_BYTES_MAX * 3 + 512) < LINE_BYTES_MAX, "what CollectImages tells fits one reply");
+const _: () = assert!(IMAGES_MAX * IMAGE_RECORD_BYTES_MAX < IMAGES_FILE_BYTES_MAX, "what is written of images can be read again");
+/// An image in that file: its names, completed, its sets of credentials, and id and socket in the longest escapes of JSON.
+const IMAGE_RECORD_BYTES_MAX: usize =
+    IMAGE_NAMES_MAX * (IMAGE_BYTES_MAX + 64) + IMAGE_NAMES_MAX * (NAME_BYTES_MAX + 8) + 6 * IMAGE_BYTES_MAX + 6 * SOCKET_BYTES_MAX + 256;
+/// The path of a Unix socket (unix(7)).
+const SOCKET_BYTES_MAX: usize = 108;
 const _: () = assert!(PULL_RETRY_MS_MAX < START_DEADLINE_MS_DEFAULT, "a start sees several tries of its pull");
 const _: () = assert!(LINE_BYTES_MAX < GRPC_MESSAGE_BYTES_MAX, "a workload always fits one CRI message");
 const _: () = assert!(HTTP_TARGET_BYTES_MAX < HTTP_HEAD_BYTES_MAX, "a long target is 414, not 431");

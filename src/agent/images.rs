@@ -13,6 +13,7 @@
 //! is there. What kakuri pulled with credentials is there only for those who show the same: others pull, and
 //! the registry decides. What somebody else put there is there for everybody.
 //!
+//! Invariant: no runtime is shown credentials before the ledger has that pull on disk.
 //! Invariant: for each key at most one pull is under way; at most `pulls_max` are in all.
 //! Invariant: an image is removed ([`collect`]) only under a mark that keeps pulls and starts off it, and after a look for whoever
 //! came before the mark.
@@ -28,14 +29,15 @@ use std::time::Duration;
 use super::Agent;
 use super::registry::StartTicket;
 use crate::config::{AgentConfig, ImageGc};
-use crate::cri::images::{self, Errand, Image, Trouble};
+use crate::cri::images::{self, Errand, Found, Image, Kind, Remains, Trouble};
 use crate::cri::proto::AuthConfig;
 use crate::cri::runtime::{StartError, failure};
 use crate::deadline::{Deadline, Stopwatch, Timestamp};
 use crate::limits;
-use crate::workload::{ImageRef, Name, PullPolicy, Reason, WorkloadId};
+use crate::workload::{ImageRef, Name, PullPolicy, Reason, Spec, WorkloadId};
 
-use ledger::Ledger;
+use credentials::Shown;
+use ledger::{IntentKey, Ledger, Moment, Source};
 
 /// What this node knows and does about its images.
 pub struct Images {
@@ -52,11 +54,18 @@ struct Inner {
     held: BTreeMap<(usize, String), usize>,
     /// Ids and names of images that are being removed.
     removing: BTreeSet<(usize, String)>,
+    /// How many removals began.
+    removals: u64,
     ledger: Ledger,
+    /// The last change of the ledger, and the last of them that is on disk.
+    change: u64,
+    saved: u64,
+    /// The last change that was to be written and was not, and why.
+    failure: Option<(u64, String)>,
+    /// Nobody will change the ledger any more.
+    is_over: bool,
     /// Somebody collects.
     is_collecting: bool,
-    /// There is something to write down.
-    is_dirty: bool,
     /// Images should be looked at: one came, or there was no room for one.
     is_due: bool,
     /// What the last collection had to complain of; said when it is new.
@@ -90,8 +99,9 @@ impl Pull {
 }
 
 /// How a try ended.
-enum Outcome {
-    Done(Image),
+enum Outcome<'a> {
+    /// The image stays until those who wait have it.
+    Done(Held<'a>),
     Failed(StartError),
     /// It is worth another.
     Passing(Trouble),
@@ -106,6 +116,14 @@ pub struct Held<'a> {
     pub image: Image,
     /// How long the start waited for it, milliseconds.
     pub pull_ms: u64,
+}
+
+/// Why an image that was found is not kept.
+enum Lost {
+    /// It is being removed, which is as good as gone.
+    Removing,
+    /// Something was removed since it was found; it has to be looked for again.
+    Stale,
 }
 
 impl Drop for Held<'_> {
@@ -129,23 +147,29 @@ pub fn find<'a>(agent: &'a Agent, ticket: &StartTicket<'_>) -> Result<Option<Hel
     let (spec, endpoint) = (&ticket.workload.spec, ticket.endpoint);
     let watch = Stopwatch::start();
     let images = &agent.images;
-    let is_pulled = ticket.image.is_some();
-    let found = match (&ticket.image, spec.pull_policy) {
-        (Some(image), _) => Some(image.clone()),
+    let held = match (&ticket.image, spec.pull_policy) {
+        // Whoever came to remove it since it was pulled finds it wanted, by its name.
+        (Some(image), _) => images.hold(endpoint, &spec.image, image.clone(), None).ok().map(|held| (held, true)),
         (None, PullPolicy::Always) => None,
-        (None, PullPolicy::IfNotPresent | PullPolicy::Never) => {
+        (None, PullPolicy::IfNotPresent | PullPolicy::Never) => loop {
+            let seen = images.lock().removals;
             let client = &agent.endpoint(endpoint).client;
             let looked = images::look(client, &spec.image, &ticket.class.handler, ticket.deadline);
-            looked.map_err(|error| failure(&error, Reason::ImagePullFailed, ticket.deadline))?
-        }
+            let Some(found) = looked.map_err(|error| failure(&error, Reason::ImagePullFailed, ticket.deadline))? else { break None };
+            match images.hold(endpoint, &spec.image, found.image.clone(), Some(seen)) {
+                Ok(held) => break Some((held, images.may_use(agent, endpoint, &found, spec))),
+                Err(Lost::Removing) => break None,
+                Err(Lost::Stale) => {}
+            }
+        },
     };
     let name = spec.image.as_str();
     let never =
         |reason, why: &str| StartError { reason, message: format!("{name} {why}, and image_pull.policy is never"), retriable: false };
     let is_never = spec.pull_policy == PullPolicy::Never;
-    let held = found.and_then(|image| images.hold(agent, endpoint, &spec.image, image));
     match held {
-        Some(mut held) if is_pulled || images.may_use(agent, endpoint, &held.image.id, spec.pull_credentials.as_ref()) => {
+        Some((mut held, true)) => {
+            images.change(|ledger| ledger.used(&socket(agent, endpoint), &held.image.id, Timestamp::now()));
             held.pull_ms = ticket.pull_ms.saturating_add(watch.elapsed_ms());
             Ok(Some(held))
         }
@@ -186,9 +210,13 @@ impl Images {
             pulls: Vec::new(),
             held: BTreeMap::new(),
             removing: BTreeSet::new(),
+            removals: 0,
             ledger: Ledger::read(config.state_dir.join(ledger::FILE)),
+            change: 0,
+            saved: 0,
+            failure: None,
+            is_over: false,
             is_collecting: false,
-            is_dirty: false,
             is_due: false,
             troubles: Vec::new(),
         };
@@ -207,21 +235,64 @@ impl Images {
         self.changed.notify_all();
     }
 
-    /// Keeps an image that was found; `None` when it is being removed, which is as good as gone.
-    fn hold(&self, agent: &Agent, endpoint: usize, name: &ImageRef, image: Image) -> Option<Held<'_>> {
+    /// Says that nobody will change the ledger any more.
+    pub fn end(&self) {
+        self.lock().is_over = true;
+        self.changed.notify_all();
+    }
+
+    /// Waits until an image is not being removed any more, one way or the other.
+    fn wait_for_removal(&self, endpoint: usize, id: &str) {
+        let mark = (endpoint, id.to_owned());
+        let mut inner = self.lock();
+        while inner.removing.contains(&mark) {
+            inner = self.wait(inner, Duration::from_millis(limits::CRI_QUICK_MS_MAX));
+        }
+    }
+
+    /// Keeps an image that was found after so many removals had begun.
+    fn hold(&self, endpoint: usize, name: &ImageRef, image: Image, seen: Option<u64>) -> Result<Held<'_>, Lost> {
         let mut inner = self.lock();
         let id = (endpoint, image.id.clone());
         if inner.removing.contains(&id) || inner.removing.contains(&(endpoint, name.listed())) {
-            return None;
+            return Err(Lost::Removing);
+        }
+        if seen.is_some_and(|seen| seen != inner.removals) {
+            return Err(Lost::Stale);
         }
         *inner.held.entry(id).or_default() += 1;
-        inner.ledger.used(&socket(agent, endpoint), &image.id, Timestamp::now());
         drop(inner);
-        Some(Held { images: self, endpoint, image, pull_ms: 0 })
+        Ok(Held { images: self, endpoint, image, pull_ms: 0 })
     }
 
-    fn may_use(&self, agent: &Agent, endpoint: usize, id: &str, credentials: Option<&Name>) -> bool {
-        self.lock().ledger.may_use(&socket(agent, endpoint), id, credentials)
+    fn may_use(&self, agent: &Agent, endpoint: usize, found: &Found, spec: &Spec) -> bool {
+        self.lock().ledger.may_use(&socket(agent, endpoint), found, &spec.image.listed(), spec.pull_credentials.as_ref())
+    }
+
+    /// Changes the ledger; what is worth writing is written.
+    fn change(&self, change: impl FnOnce(&mut Ledger) -> bool) {
+        let mut inner = self.lock();
+        if change(&mut inner.ledger) {
+            inner.change += 1;
+            drop(inner);
+            self.changed.notify_all();
+        }
+    }
+
+    /// Waits until the ledger as it is now is on disk.
+    ///
+    /// # Errors
+    /// Why it is not.
+    fn save(&self) -> Result<(), String> {
+        let mut inner = self.lock();
+        let change = inner.change;
+        loop {
+            match &inner.failure {
+                _ if inner.saved >= change => return Ok(()),
+                Some((failed, why)) if *failed >= change => return Err(why.clone()),
+                _ => inner = self.wait(inner, Duration::from_millis(limits::IMAGE_GC_PERIOD_MS)),
+            }
+        }
     }
 
     /// Adds a start to the pull it waits for. There are no more of them than workloads.
@@ -266,7 +337,7 @@ impl Images {
     }
 
     /// Tells those who wait how a try ended.
-    fn settle(&self, agent: &Agent, key: &Key, outcome: &Outcome) {
+    fn settle(&self, agent: &Agent, key: &Key, outcome: &Outcome<'_>) {
         let mut inner = self.lock();
         let Some(at) = inner.pulls.iter().position(|pull| pull.key == *key) else { return };
         let is_wanted = inner.pulls[at].is_wanted(agent);
@@ -283,7 +354,7 @@ impl Images {
                 pull.retry = Some(Deadline::within_ms(ms.min(limits::PULL_RETRY_MS_MAX), "pull"));
                 pull.is_doing = false;
                 let waiters = pull.waiters.clone();
-                inner.is_due |= trouble.kind == images::Kind::Disk;
+                inner.is_due |= trouble.kind == Kind::Disk;
                 waiters
             }
             (Outcome::Unwanted | Outcome::Passing(_), false) | (Outcome::Done(_) | Outcome::Failed(_), _) => inner.pulls.remove(at).waiters,
@@ -292,7 +363,7 @@ impl Images {
         self.changed.notify_all();
         for (id, uid) in waiters {
             match outcome {
-                Outcome::Done(image) => agent.registry.finish_pull(&id, &uid, Ok(image.clone())),
+                Outcome::Done(held) => agent.registry.finish_pull(&id, &uid, Ok(held.image.clone())),
                 Outcome::Failed(error) => agent.registry.finish_pull(&id, &uid, Err(error.clone())),
                 Outcome::Passing(trouble) => agent.registry.note_pull(&id, &uid, trouble.kind.reason(), &trouble.message),
                 Outcome::Unwanted => {}
@@ -322,7 +393,7 @@ pub fn pull_loop(agent: &Agent) {
         let outcome = pull(agent, &key, &errand);
         let (image, ms) = (key.image.as_str(), watch.elapsed_ms());
         match &outcome {
-            Outcome::Done(done) => log::info!("image {image}: pulled in {ms} ms, {}", done.id),
+            Outcome::Done(done) => log::info!("image {image}: pulled in {ms} ms, {}", done.image.id),
             Outcome::Failed(error) => log::warn!("image {image}: not pulled: {error}"),
             Outcome::Passing(trouble) => log::warn!("image {image}: not pulled yet: {}", trouble.message),
             Outcome::Unwanted => log::info!("image {image}: pull broken off after {ms} ms, nobody waits for it"),
@@ -331,18 +402,25 @@ pub fn pull_loop(agent: &Agent) {
     }
 }
 
-fn pull(agent: &Agent, key: &Key, errand: &Errand) -> Outcome {
-    let client = &agent.endpoint(key.endpoint).client;
-    let shown = match agent.images.credentials.find(&key.image, key.credentials.as_ref()) {
+fn pull<'a>(agent: &'a Agent, key: &Key, errand: &Errand) -> Outcome<'a> {
+    let images = &agent.images;
+    let Shown { credentials, source } = match images.credentials.find(&key.image, key.credentials.as_ref()) {
         Ok(shown) => shown,
-        Err(error) => return Outcome::Failed(StartError { reason: error.reason(), message: error.to_string(), retriable: false }),
+        Err(error) => return refused(error.reason(), error.to_string()),
     };
-    // What is there before the pull is not ours after it, whatever its name: a runtime removes an image with all its names.
-    let before: BTreeSet<String> = match client.list_images(Deadline::within_ms(limits::CRI_QUICK_MS_MAX, "ListImages")) {
-        Ok(list) => list.into_iter().map(|image| image.id).collect(),
+    let opened = match look_around(agent, key.endpoint) {
+        Ok(opened) => opened,
         Err(error) => return ended(Trouble::of(&error)),
     };
-    let auth = shown.credentials.as_ref().map(|c| AuthConfig {
+    // What everybody may have needs no guard.
+    let has_intent = source != Source::Anonymous;
+    let intent = IntentKey { socket: socket(agent, key.endpoint), name: key.image.listed(), source };
+    if has_intent {
+        if let Err(outcome) = intend(images, &intent, opened) {
+            return outcome;
+        }
+    }
+    let auth = credentials.as_ref().map(|c| AuthConfig {
         auth: c.auth.clone(),
         username: c.username.clone(),
         password: c.password.clone(),
@@ -354,61 +432,165 @@ fn pull(agent: &Agent, key: &Key, errand: &Errand) -> Outcome {
         },
         registry_token: String::new(),
     });
-    match images::pull(client, errand, auth, &|| agent.images.is_wanted(agent, key)) {
-        Ok(Some(image)) => {
-            let mut inner = agent.images.lock();
-            let was_there = before.contains(&image.id);
-            let socket = socket(agent, key.endpoint);
-            let is_noted = inner.ledger.pulled(&socket, &image.id, key.image.listed(), shown.source, was_there, Timestamp::now());
-            inner.is_dirty |= is_noted;
-            inner.is_due = true;
-            Outcome::Done(image)
-        }
-        Ok(None) => Outcome::Unwanted,
-        Err(Trouble { kind, message }) => {
-            let message = shown.credentials.iter().fold(message, |message, credentials| credentials.scrub(message));
-            ended(Trouble { kind, message })
+    let scrub = |text: String| credentials.iter().fold(text, |text, credentials| credentials.scrub(text));
+    let (outcome, remains) = bring(agent, key, errand, auth, &scrub, |found| images.note(&intent, found, opened));
+    if has_intent {
+        images.change(|ledger| ledger.close(&intent, remains));
+    }
+    outcome
+}
+
+/// Learns what a runtime has before a pull, for what is there is not ours after it, whatever its name: a runtime removes an image
+/// with all its names.
+fn look_around(agent: &Agent, endpoint: usize) -> Result<Moment, crate::grpc::Error> {
+    let (images, client) = (&agent.images, &agent.endpoint(endpoint).client);
+    loop {
+        let asked = images.lock().ledger.ask();
+        let list = client.list_images(Deadline::within_ms(limits::CRI_QUICK_MS_MAX, "ListImages"))?;
+        let ids = list.iter().map(|image| image.id.as_str()).collect();
+        if let Some(opened) = images.lock().ledger.listed(&socket(agent, endpoint), &ids, asked) {
+            return Ok(opened);
         }
     }
 }
 
-fn ended(trouble: Trouble) -> Outcome {
+/// Writes down that a pull is to show credentials.
+fn intend<'a>(images: &Images, intent: &IntentKey, opened: Moment) -> Result<(), Outcome<'a>> {
+    let mut result = Ok(false);
+    images.change(|ledger| {
+        result = ledger.open(intent, opened);
+        result == Ok(true)
+    });
+    if result.is_err() {
+        let why = format!("the agent remembers {} images and pulls already, the most it can, and may forget none", limits::IMAGES_MAX);
+        return Err(refused(Reason::ImagePullFailed, why));
+    }
+    images.save().map_err(|why| {
+        images.change(|ledger| ledger.close(intent, Remains::Nothing));
+        let message = format!("a pull with credentials has to be written down before, and cannot be: {why}");
+        ended(Trouble { kind: Kind::Disk, remains: Remains::Nothing, message })
+    })
+}
+
+/// Has the runtime pull, and tells what else that may have left there. What was brought is noted while it is kept.
+fn bring<'a>(
+    agent: &'a Agent,
+    key: &Key,
+    errand: &Errand,
+    auth: Option<AuthConfig>,
+    scrub: images::Scrub<'_>,
+    note: impl Fn(&Found) -> Remains,
+) -> (Outcome<'a>, Remains) {
+    let (images, client) = (&agent.images, &agent.endpoint(key.endpoint).client);
+    let failed = |trouble: Trouble| {
+        let remains = trouble.remains;
+        (ended(trouble), remains)
+    };
+    let mut seen = images.lock().removals;
+    let mut found = match images::pull(client, errand, auth, scrub, &|| images.is_wanted(agent, key)) {
+        Ok(Some(found)) => found,
+        Ok(None) => return (Outcome::Unwanted, Remains::Yet),
+        Err(trouble) => return failed(trouble),
+    };
+    loop {
+        match images.hold(key.endpoint, &key.image, found.image.clone(), Some(seen)) {
+            Ok(held) => {
+                let remains = note(&found);
+                return (Outcome::Done(held), remains);
+            }
+            // The removal may have come before it, or after it.
+            Err(Lost::Removing) => images.wait_for_removal(key.endpoint, &found.image.id),
+            Err(Lost::Stale) => {}
+        }
+        seen = images.lock().removals;
+        found = match images::look_after(client, errand, scrub) {
+            Ok(found) => found,
+            Err(trouble) => return failed(trouble),
+        };
+    }
+}
+
+impl Images {
+    /// Notes what a pull brought; what it left that could not be noted.
+    fn note(&self, intent: &IntentKey, found: &Found, opened: Moment) -> Remains {
+        let mut inner = self.lock();
+        let noted = inner.ledger.pulled(intent, found, opened, Timestamp::now());
+        inner.change += u64::from(noted == Ok(true));
+        inner.is_due = true;
+        drop(inner);
+        self.changed.notify_all();
+        if noted.is_ok() { Remains::Nothing } else { Remains::Perhaps }
+    }
+}
+
+fn refused<'a>(reason: Reason, message: String) -> Outcome<'a> {
+    Outcome::Failed(StartError { reason, message, retriable: false })
+}
+
+fn ended<'a>(trouble: Trouble) -> Outcome<'a> {
     match trouble {
         trouble if trouble.kind.is_passing() => Outcome::Passing(trouble),
-        Trouble { kind, message } => Outcome::Failed(StartError { reason: kind.reason(), message, retriable: false }),
+        Trouble { kind, message, .. } => refused(kind.reason(), message),
     }
 }
 
-/// Keeps the ledger on disk, and collects images, until the agent stops. The only writer of the file.
-pub fn keep_loop(agent: &Agent) {
+/// Keeps the ledger on disk, until nobody will change it any more: longer than the agent's other threads, for what they did in their
+/// last moments is written down too. The only writer of the file; whatever changes while it writes is written next, all at once.
+pub fn write_loop(agent: &Agent) {
     let images = &agent.images;
-    let mut since = Stopwatch::start();
-    let mut is_unwritten = false;
+    let mut tried = 0;
     loop {
         let mut inner = images.lock();
+        let since = Stopwatch::start();
         let period = Duration::from_millis(limits::IMAGE_GC_PERIOD_MS);
-        while !inner.is_dirty && !inner.is_due && !agent.is_stopping() && since.elapsed() < period {
-            inner = images.wait(inner, period.saturating_sub(since.elapsed()));
+        // What could not be written is tried again with the next change, or after a while.
+        let is_due = |inner: &Inner| inner.change > inner.saved && (inner.change > tried || since.elapsed() >= period);
+        while !is_due(&inner) && !inner.is_over {
+            inner = images.wait(inner, period);
         }
-        let is_due = std::mem::take(&mut inner.is_due) || since.elapsed() >= period;
-        let is_dirty = std::mem::take(&mut inner.is_dirty) || (is_unwritten && is_due);
-        let text = is_dirty.then(|| inner.ledger.text());
+        if inner.change == inner.saved {
+            return;
+        }
+        let (change, is_over) = (inner.change, inner.is_over);
+        let (path, contents) = inner.ledger.contents();
         drop(inner);
-        if let Some((path, text)) = text {
-            let written = ledger::write(&path, &text);
-            is_unwritten = written.is_err();
-            // Tried again with the next pass. What is not written down the next agent does not collect, no more.
-            written.unwrap_or_else(|error| log::warn!("{}: {error}", path.display()));
+        tried = change;
+        let result = ledger::write(&path, &contents.text());
+        let mut inner = images.lock();
+        match result {
+            Ok(()) => (inner.saved, inner.failure) = (change, None),
+            Err(error) => {
+                inner.failure = Some((change, error.to_string()));
+                log::warn!("{}: {error}", path.display());
+            }
+        }
+        drop(inner);
+        images.changed.notify_all();
+        if is_over {
+            return;
+        }
+    }
+}
+
+/// Collects images until the agent stops.
+pub fn keep_loop(agent: &Agent) {
+    let images = &agent.images;
+    let period = Duration::from_millis(limits::IMAGE_GC_PERIOD_MS);
+    let mut since = Stopwatch::start();
+    loop {
+        let mut inner = images.lock();
+        while !inner.is_due && !agent.is_stopping() && since.elapsed() < period {
+            inner = images.wait(inner, period.saturating_sub(since.elapsed()));
         }
         if agent.is_stopping() {
             return;
         }
-        if is_due {
-            since = Stopwatch::start();
-            // Before the first list nobody knows what runs here.
-            if agent.node.endpoints.iter().all(|endpoint| endpoint.is_listed()) {
-                collect::pass(agent);
-            }
+        inner.is_due = false;
+        drop(inner);
+        since = Stopwatch::start();
+        // Before the first list nobody knows what runs here.
+        if agent.node.endpoints.iter().all(|endpoint| endpoint.is_listed()) {
+            collect::pass(agent);
         }
     }
 }

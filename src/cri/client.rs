@@ -202,21 +202,9 @@ impl Client {
         Ok(answer.image)
     }
 
-    /// Pulls an image; returns the runtime's reference to it.
+    /// Pulls an image as long as somebody wants it, which is asked again and again; returns the runtime's reference to it. `None` when
+    /// nobody wanted it any more, and the runtime was told to stop.
     pub fn pull_image(
-        &self,
-        image: &ImageSpec,
-        auth: Option<AuthConfig>,
-        sandbox_config: &PodSandboxConfig,
-        deadline: Deadline,
-    ) -> Answer<String> {
-        let request = PullImageRequest { image: Some(image.clone()), auth, sandbox_config: Some(sandbox_config.clone()) };
-        let answer: PullImageResponse = self.call(PULL_IMAGE, &request, deadline)?;
-        Ok(answer.image_ref)
-    }
-
-    /// The same as long as somebody wants it, which is asked again and again; `None` when nobody did, and the runtime was told to stop.
-    pub fn pull_image_while(
         &self,
         image: &ImageSpec,
         auth: Option<AuthConfig>,

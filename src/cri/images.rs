@@ -60,6 +60,15 @@ pub fn digest(reference: &ImageRef, repo_digests: &[String]) -> Option<String> {
     reference.digest().map(str::to_owned).or_else(|| repo_digests.iter().find_map(of_repository))
 }
 
+/// An image as a runtime showed it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Found {
+    /// The image.
+    pub image: Image,
+    /// All names the runtime has for it, tags and digests.
+    pub names: Vec<String>,
+}
+
 fn spec(reference: &ImageRef, handler: &str) -> proto::ImageSpec {
     proto::ImageSpec { image: reference.as_str().to_owned(), runtime_handler: handler.to_owned(), ..Default::default() }
 }
@@ -67,10 +76,16 @@ fn spec(reference: &ImageRef, handler: &str) -> proto::ImageSpec {
 /// Looks for an image; `None` when it is not there.
 ///
 /// # Errors
-/// Those of the call.
-pub fn look(client: &Client, reference: &ImageRef, handler: &str, deadline: Deadline) -> Result<Option<Image>, grpc::Error> {
-    let image = client.image_status(&spec(reference, handler), deadline)?;
-    Ok(image.filter(|image| !image.id.is_empty()).map(|image| Image::of(reference, image)))
+/// Those of the call; an id that is too long to be remembered.
+pub fn look(client: &Client, reference: &ImageRef, handler: &str, deadline: Deadline) -> Result<Option<Found>, grpc::Error> {
+    let Some(image) = client.image_status(&spec(reference, handler), deadline)?.filter(|image| !image.id.is_empty()) else {
+        return Ok(None);
+    };
+    if image.id.len() > limits::IMAGE_BYTES_MAX {
+        return Err(grpc::Error { method: "ImageStatus", kind: ErrorKind::Protocol("the id of an image is too long") });
+    }
+    let names = image.repo_tags.iter().chain(&image.repo_digests).cloned().collect();
+    Ok(Some(Found { image: Image::of(reference, image), names }))
 }
 
 /// For whom a runtime is asked to pull. Some want to know the sandbox; several may wait for one pull, and this is the first of them.
@@ -107,27 +122,43 @@ impl Errand {
     }
 }
 
+/// Takes out of a text what nobody may read there.
+pub type Scrub<'a> = &'a dyn Fn(String) -> String;
+
 /// Pulls an image as long as somebody wants it; `None` when nobody did any more.
 ///
 /// # Errors
-/// [`Trouble`].
+/// [`Trouble`], in words that were scrubbed whole: what is clipped first would keep the beginning of a secret.
 pub fn pull(
     client: &Client,
     errand: &Errand,
     auth: Option<proto::AuthConfig>,
+    scrub: Scrub<'_>,
     is_wanted: &dyn Fn() -> bool,
-) -> Result<Option<Image>, Trouble> {
+) -> Result<Option<Found>, Trouble> {
     let Errand { image, handler, .. } = errand;
     // Each who waits has a start deadline of its own, none beyond this.
     let deadline = Deadline::within_ms(limits::START_DEADLINE_MS_MAX, "PullImage");
-    let pulled = client.pull_image_while(&spec(image, handler), auth, &errand.sandbox_config(), deadline, is_wanted);
-    if pulled.map_err(|error| Trouble::of(&error))?.is_none() {
+    let pulled = client.pull_image(&spec(image, handler), auth, &errand.sandbox_config(), deadline, is_wanted);
+    if pulled.map_err(|error| Trouble::new(&error, scrub))?.is_none() {
         return Ok(None);
     }
+    look_after(client, errand, scrub).map(Some)
+}
+
+/// Looks for an image that was pulled.
+///
+/// # Errors
+/// [`Trouble`]; whatever it is of, the pull is over.
+pub fn look_after(client: &Client, errand: &Errand, scrub: Scrub<'_>) -> Result<Found, Trouble> {
     let quick = Deadline::within_ms(limits::CRI_QUICK_MS_MAX, "ImageStatus");
-    match look(client, image, handler, quick).map_err(|error| Trouble::of(&error))? {
-        Some(image) => Ok(Some(image)),
-        None => Err(Trouble { kind: Kind::Runtime, message: "the runtime pulled the image, and does not have it".into() }),
+    match look(client, &errand.image, &errand.handler, quick) {
+        Ok(Some(found)) => Ok(found),
+        Ok(None) => {
+            let message = "the runtime pulled the image, and does not have it".to_owned();
+            Err(Trouble { kind: Kind::Runtime, remains: Remains::Perhaps, message })
+        }
+        Err(error) => Err(Trouble { remains: Remains::Perhaps, ..Trouble::new(&error, scrub) }),
     }
 }
 
@@ -136,8 +167,21 @@ pub fn pull(
 pub struct Trouble {
     /// Of what kind.
     pub kind: Kind,
+    /// What the runtime may have of it.
+    pub remains: Remains,
     /// In words for the status.
     pub message: String,
+}
+
+/// What a pull leaves at the runtime beside what it is known to have brought.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Remains {
+    /// Nothing.
+    Nothing,
+    /// The image may be there by now.
+    Perhaps,
+    /// The runtime may still be at it.
+    Yet,
 }
 
 /// What a pull can fail of.
@@ -194,8 +238,12 @@ impl Kind {
 }
 
 impl Trouble {
-    /// What a failed call tells.
+    /// What a failed call tells that quotes no secrets.
     pub fn of(error: &grpc::Error) -> Self {
+        Self::new(error, &|text| text)
+    }
+
+    fn new(error: &grpc::Error, scrub: Scrub<'_>) -> Self {
         let kind = match &error.kind {
             ErrorKind::Broken(_) | ErrorKind::Connect(_) | ErrorKind::Expired(_) => Kind::Runtime,
             ErrorKind::Protocol(_) | ErrorKind::TooLarge { .. } => Kind::Other,
@@ -217,7 +265,20 @@ impl Trouble {
                 | Code::Unknown => told(&status.message).unwrap_or(Kind::Other),
             },
         };
-        Self { kind, message: clip(format!("{}{}", kind.words(), Chain(error)), limits::MESSAGE_BYTES_MAX) }
+        let remains = match &error.kind {
+            // It was never asked.
+            ErrorKind::Connect(_) => Remains::Nothing,
+            ErrorKind::Broken(_) | ErrorKind::Expired(_) | ErrorKind::Protocol(_) | ErrorKind::TooLarge { .. } => Remains::Yet,
+            ErrorKind::Status(status)
+                if matches!(status.code, Code::Aborted | Code::Cancelled | Code::DeadlineExceeded | Code::Unavailable) =>
+            {
+                Remains::Yet
+            }
+            // Some of a runtime's steps come after the last of those that store.
+            ErrorKind::Status(_) => Remains::Perhaps,
+        };
+        let message = clip(format!("{}{}", kind.words(), scrub(Chain(error).to_string())), limits::MESSAGE_BYTES_MAX);
+        Self { kind, remains, message }
     }
 }
 
@@ -322,6 +383,17 @@ mod tests {
     }
 
     #[test]
+    fn a_message_is_scrubbed_before_it_is_clipped() {
+        let secret = "open-sesame";
+        for before in limits::MESSAGE_BYTES_MAX - 80..limits::MESSAGE_BYTES_MAX + 20 {
+            let message = format!("{}{secret} it was", ".".repeat(before));
+            let error = grpc::Error { method: "PullImage", kind: ErrorKind::Status(Status { code: Code::Unknown, message }) };
+            let trouble = Trouble::new(&error, &|text| text.replace(secret, "***"));
+            assert!(trouble.message.len() <= limits::MESSAGE_BYTES_MAX && !trouble.message.contains("open"), "{before}: {trouble:?}");
+        }
+    }
+
+    #[test]
     fn an_image_cannot_be_named_so_that_its_trouble_looks_like_another() {
         let message = "failed to pull \"r.test/429/503/401-unauthorized/no-such-host/dial-tcp/not-found/tls_x509:not-found\": boom";
         assert_eq!(told(message), None);
@@ -329,9 +401,14 @@ mod tests {
 
     #[test]
     fn what_is_not_a_status_is_the_runtimes_trouble_or_its_bug() {
-        let of = |kind| Trouble::of(&grpc::Error { method: "PullImage", kind }).kind;
-        assert_eq!(of(ErrorKind::Broken(None)), Kind::Runtime);
-        assert_eq!(of(ErrorKind::Protocol("x")), Kind::Other);
+        let of = |kind| Trouble::of(&grpc::Error { method: "PullImage", kind });
+        assert_eq!((of(ErrorKind::Broken(None)).kind, of(ErrorKind::Broken(None)).remains), (Kind::Runtime, Remains::Yet));
+        assert_eq!((of(ErrorKind::Protocol("x")).kind, of(ErrorKind::Protocol("x")).remains), (Kind::Other, Remains::Yet));
+        let answer = |code| of(ErrorKind::Status(Status { code, message: "boom".into() })).remains;
+        assert_eq!(
+            (answer(Code::Unavailable), answer(Code::Unknown), answer(Code::NotFound)),
+            (Remains::Yet, Remains::Perhaps, Remains::Perhaps)
+        );
         assert!(Kind::Runtime.is_passing() && !Kind::Other.is_passing());
     }
 }

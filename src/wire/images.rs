@@ -13,9 +13,24 @@ pub struct Ledger {
     pub version: u32,
     /// One for each image.
     pub images: Vec<Pulled>,
+    /// One for each pull that shows credentials and whose end is not known; none in version 1.
+    #[serde(default)]
+    pub intents: Vec<Intent>,
 }
 
-/// An image an agent pulled, that was not there before.
+/// A pull that shows credentials, written down before it begins.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Intent {
+    /// The runtime's socket.
+    pub endpoint: String,
+    /// The name it is pulled under.
+    pub name: String,
+    /// Whose credentials it shows.
+    pub credentials: String,
+}
+
+/// An image an agent pulled.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Pulled {
@@ -27,15 +42,22 @@ pub struct Pulled {
     pub names: Vec<String>,
     /// Whose credentials a registry gave it out for.
     pub credentials: Vec<String>,
+    /// It was not there before; in version 1 none was.
+    #[serde(default = "yes")]
+    pub ours: bool,
     /// When it was pulled first.
     pub pulled_at: Timestamp,
     /// When something here last used it, to the hour.
     pub last_used_at: Timestamp,
 }
 
+fn yes() -> bool {
+    true
+}
+
 impl Ledger {
-    /// Of the file's format.
-    pub const VERSION: u32 = 1;
+    /// Of the file's format as it is written; the one before is read, too.
+    pub const VERSION: u32 = 2;
 
     /// Reads the file.
     ///
@@ -44,7 +66,7 @@ impl Ledger {
     pub fn parse(bytes: &[u8]) -> Result<Self, serde_json::Error> {
         let ledger: Self = serde_json::from_slice(bytes)?;
         match ledger.version {
-            Self::VERSION => Ok(ledger),
+            1 | Self::VERSION => Ok(ledger),
             other => Err(serde_json::Error::custom(format_args!("version {other}"))),
         }
     }
@@ -125,13 +147,20 @@ mod tests {
             id: "sha256:1".into(),
             names: vec!["r.test/a:1".into()],
             credentials: vec!["anonymous".into()],
+            ours: true,
             pulled_at: at,
             last_used_at: at,
         };
-        let text = Ledger { version: Ledger::VERSION, images: vec![pulled.clone()] }.to_text();
-        assert_eq!(Ledger::parse(text.as_bytes()).expect("itself").images, [pulled]);
+        let intent = Intent { endpoint: "/run/cri.sock".into(), name: "r.test/b:1".into(), credentials: "node".into() };
+        let text = Ledger { version: Ledger::VERSION, images: vec![pulled.clone()], intents: vec![intent.clone()] }.to_text();
+        let read = Ledger::parse(text.as_bytes()).expect("itself");
+        assert_eq!((read.images, read.intents), (vec![pulled.clone()], vec![intent]));
+        let of_old = r#"{"version":1,"images":[{"endpoint":"/run/cri.sock","id":"sha256:1","names":["r.test/a:1"],
+            "credentials":["anonymous"],"pulled_at":"2026-01-02T03:04:05.678Z","last_used_at":"2026-01-02T03:04:05.678Z"}]}"#;
+        let read = Ledger::parse(of_old.as_bytes()).expect("the version before");
+        assert_eq!((read.images, read.intents), (vec![pulled], vec![]));
         for bad in
-            ["", "{}", "[]", &text[..text.len() - 1], &text.replace("\"version\":1", "\"version\":2"), &text.replace("names", "name")]
+            ["", "{}", "[]", &text[..text.len() - 1], &text.replace("\"version\":2", "\"version\":3"), &text.replace("names", "name")]
         {
             assert!(Ledger::parse(bad.as_bytes()).is_err(), "{bad}");
         }

@@ -196,6 +196,22 @@ fn status_of(answer: &str) -> String {
     format!("pulling from host r.test failed with status code [manifests 1]: {answer}")
 }
 
+/// What the simulator's registry gives out to whoever shows anything.
+const PRIVATE: &str = "r.test/unauthorized:1";
+
+fn with_set(place: &Place, id: &str, image: &str, name: &str) -> Value {
+    with(of(place, id, image), json!({"image_pull": {"credentials": name}}))
+}
+
+/// A workload whose image it does not get.
+#[track_caller]
+fn refused(agent: &Agent<'_>, workload: &Value, reason: Reason, words: &str) {
+    let (state, status) = agent.settle(workload);
+    assert_eq!((state, status.reason), (State::Failed, Some(reason)), "{status:?}");
+    let message = status.message.unwrap_or_default();
+    assert!(message.contains(words) && !message.contains("sesame") && !message.contains(".json"), "{words:?}: {message}");
+}
+
 #[test]
 fn credentials_are_sets_and_nobody_gains_by_anothers_pull() {
     let place = Place::sim(&[]);
@@ -209,14 +225,8 @@ fn credentials_are_sets_and_nobody_gains_by_anothers_pull() {
         config.push_str(&format!("[credentials.{name}]\nfile = \"{name}.json\"\n"));
     }
     let mut agent = agent_with(&place, &config);
-    let with_set = |id: &str, image: &str, name: &str| with(of(&place, id, image), json!({"image_pull": {"credentials": name}}));
-    let private = "r.test/unauthorized:1";
-    let refused = |agent: &Agent<'_>, workload: &Value, reason: Reason, words: &str| {
-        let (state, status) = agent.settle(workload);
-        assert_eq!((state, status.reason), (State::Failed, Some(reason)), "{status:?}");
-        let message = status.message.unwrap_or_default();
-        assert!(message.contains(words) && !message.contains("sesame") && !message.contains(".json"), "{words:?}: {message}");
-    };
+    let with_set = |id: &str, image: &str, name: &str| with_set(&place, id, image, name);
+    let private = PRIVATE;
     agent.run(&with_set("first", private, "team"));
     // It is there now. Whoever shows the same has it at once; whoever does not is sent to the registry, which knows better.
     place.forget_calls();
@@ -257,13 +267,118 @@ fn credentials_are_sets_and_nobody_gains_by_anothers_pull() {
     assert!(!format!("{:?}", agent.list()).contains("sesame"));
 }
 
+/// A configuration with the set `team`, and no room for images.
+fn config_of_team(place: &Place) -> String {
+    place.dir.secret("team.json", r#"{"auths":{"r.test":{"username":"kakuri","password":"open-sesame"}}}"#);
+    format!("{TIGHT}[credentials.team]\nfile = \"team.json\"\n")
+}
+
+/// Nobody but those who show the set gets what is private, whatever is on the node.
+#[track_caller]
+fn is_private(place: &Place, agent: &Agent<'_>, serial: usize) {
+    assert!(at_runtime(place).contains(&PRIVATE.to_owned()), "it is there");
+    refused(agent, &of(place, &format!("nobody-{serial}"), PRIVATE), Reason::ImageUnauthorized, "401 Unauthorized");
+    let never = with(of(place, &format!("never-{serial}"), PRIVATE), json!({"image_pull": {"policy": "never"}}));
+    refused(agent, &never, Reason::ImageUnauthorized, "was pulled with credentials this workload does not show");
+}
+
+#[test]
+fn what_a_pull_without_an_answer_brought_is_for_nobody() {
+    for is_killed in [false, true] {
+        let place = Place::sim(&[]);
+        let config = config_of_team(&place);
+        let mut agent = agent_with(&place, &config);
+        // The runtime pulls it, and then nobody says which it is.
+        place.faults(&["ImageStatus:error=UNAVAILABLE,gone"]);
+        let first = with(of(&place, "first", PRIVATE), json!({"image_pull": {"credentials": "team", "policy": "always"}}));
+        agent.start_workload(&first);
+        until("it was pulled more than once", || place.count("PullImage") > 1);
+        agent.delete("first");
+        place.faults(&[]);
+        if is_killed {
+            agent.kill();
+            agent.again();
+        }
+        is_private(&place, &agent, 1);
+        // Those who show the set ask the registry once more, and then have it.
+        agent.run(&with_set(&place, "team-1", PRIVATE, "team"));
+        place.forget_calls();
+        agent.run(&with_set(&place, "team-2", PRIVATE, "team"));
+        assert_eq!(place.count("PullImage"), 0);
+        is_private(&place, &agent, 2);
+        // An agent that was there before it knows that it came by it.
+        assert_eq!(row(&collect(&agent, true), PRIVATE).pulled_by_kakuri, !is_killed);
+    }
+}
+
+#[test]
+fn what_a_pull_brought_that_nobody_waited_for_any_more_is_for_nobody() {
+    let place = Place::sim(&[]);
+    let config = config_of_team(&place);
+    let agent = agent_with(&place, &config);
+    place.faults(&["PullImage:delay-after=600000*1"]);
+    agent.start_workload(&with_set(&place, "first", PRIVATE, "team"));
+    until("the runtime has it", || at_runtime(&place).contains(&PRIVATE.to_owned()));
+    is_private(&place, &agent, 1);
+    agent.delete("first");
+    is_private(&place, &agent, 2);
+    let log = || fs::read_to_string(place.dir.join("agent.log")).unwrap_or_default();
+    until("it is broken off", || log().contains("pull broken off"));
+    agent.run(&with_set(&place, "team", PRIVATE, "team"));
+    is_private(&place, &agent, 3);
+}
+
+#[test]
+fn what_an_agent_was_killed_over_pulling_is_for_nobody() {
+    let place = Place::sim(&[]);
+    let config = place.dir.write("agent.toml", &config_of_team(&place)).display().to_string();
+    // The first writing is before the pull, the second after it.
+    dies_at(&place, "agent-images-before@1", &config, &with_set(&place, "first", PRIVATE, "team"));
+    let agent = place.agent(&["--config", &config]);
+    is_private(&place, &agent, 1);
+    // The one it was pulled for is started again, and shows the set again.
+    until("it runs", || agent.status("first").0 == State::Running);
+    is_private(&place, &agent, 2);
+}
+
+#[test]
+fn no_pull_shows_credentials_that_was_not_written_down() {
+    let place = Place::sim(&[]);
+    let config = config_of_team(&place);
+    let agent = agent_with(&place, &config);
+    // Nothing can be put in the place of a directory.
+    fs::create_dir_all(place.dir.join("agent/images.json/x")).expect("made");
+    let late = with(with_set(&place, "first", PRIVATE, "team"), json!({"start_deadline_ms": 2000}));
+    refused(&agent, &late, Reason::ImagePullFailed, "has to be written down before, and cannot be");
+    assert_eq!(place.count("PullImage"), 0);
+    agent.run(&of(&place, "public", "r.test/public:1"));
+    fs::remove_dir_all(place.dir.join("agent/images.json")).expect("removed");
+    agent.run(&with_set(&place, "second", PRIVATE, "team"));
+}
+
+#[test]
+fn a_pull_that_ends_with_the_agent_is_written_down() {
+    let place = Place::sim(&[]);
+    let mut agent = agent_with(&place, TIGHT);
+    // After the pull, the runtime takes its time to say which it is.
+    place.faults(&["ImageStatus:delay=2000@1"]);
+    agent.start_workload(&of(&place, "a", "r.test/mb-90/a:1"));
+    until("the runtime has it", || at_runtime(&place).len() == 2);
+    agent.terminate();
+    place.faults(&[]);
+    let text = fs::read_to_string(place.dir.join("agent/images.json")).unwrap_or_default();
+    assert!(text.contains("r.test/mb-90/a:1"), "{text}");
+    agent.again();
+    assert!(row(&collect(&agent, true), "r.test/mb-90/a:1").pulled_by_kakuri);
+}
+
 #[test]
 fn images_nobody_uses_go_when_there_is_no_room() {
     let place = Place::sim(&[]);
     // Somebody else's, of another size.
     let cri = place.cri();
     let theirs = ImageSpec { image: "theirs.test/mb-5:1".into(), ..Default::default() };
-    cri.pull_image(&theirs, None, &Default::default(), soon()).expect("pulled");
+    cri.pull_image(&theirs, None, &Default::default(), soon(), &|| true).expect("pulled");
     let agent = agent_with(&place, TIGHT);
     for (id, image) in [("a", "r.test/mb-10/a:1"), ("b", "r.test/mb-10/b:1"), ("keep", "r.test/mb-10/keep:1")] {
         agent.run(&of(&place, id, image));
@@ -331,7 +446,7 @@ fn an_image_that_is_also_somebody_elses_stays() {
     let cri = place.cri();
     let pull = |image: &str| {
         let image = ImageSpec { image: image.into(), ..Default::default() };
-        cri.pull_image(&image, None, &Default::default(), soon()).expect("pulled");
+        cri.pull_image(&image, None, &Default::default(), soon(), &|| true).expect("pulled");
     };
     // The same content as what kakuri is to pull: removing one name would remove the other.
     pull("theirs.test/same-1:1");
@@ -445,10 +560,11 @@ fn a_removal_and_a_start_of_one_image_do_not_cross() {
                 assert!(matches!(&reply, Reply::Images(_)) || expect_error(reply).code == ErrorCode::Unavailable);
             }
         });
-        // Pulled, or found, or on its way out: whatever it is, whoever comes gets it.
-        for n in 0..30 {
+        // Pulled, or found, or on its way out, by this name or another: whatever it is, whoever comes gets it.
+        for n in 0..40 {
             let id = format!("wl-{n}");
-            let (state, status) = agent.settle(&of(&place, &id, "r.test/mb-90/x:1"));
+            let name = if n % 4 < 2 { "x" } else { "y" };
+            let (state, status) = agent.settle(&of(&place, &id, &format!("r.test/mb-90/same-x/{name}:1")));
             assert_eq!(state, State::Running, "{status:?}");
             let removals = place.count("RemoveImage");
             agent.delete(&id);

@@ -10,12 +10,11 @@
 
 use std::collections::BTreeSet;
 
-use super::Agent;
-use super::ledger::Pulled;
-use super::socket;
+use super::ledger::{Moment, Pulled};
+use super::{Agent, Images, socket};
 use crate::config::ImageGc;
 use crate::cri::proto::{self, ContainerFilter};
-use crate::deadline::{Deadline, Timestamp};
+use crate::deadline::{Deadline, Stopwatch, Timestamp};
 use crate::grpc::Code;
 use crate::limits;
 use crate::report::{Chain, clip};
@@ -91,7 +90,7 @@ fn plan(candidates: &[Candidate], space: Option<Space>, gc: &ImageGc, now: Times
 /// Why an image stays, whatever room there is.
 fn stays(candidate: &Candidate, gc: &ImageGc, now: Timestamp) -> Option<String> {
     let Candidate { names, is_pinned, is_used, pulled, .. } = candidate;
-    let Some(pulled) = pulled else { return Some("kakuri did not pull it".into()) };
+    let Some(pulled) = pulled.as_ref().filter(|pulled| pulled.is_ours) else { return Some("kakuri did not pull it".into()) };
     if *is_used {
         return Some("a container or a workload uses it".into());
     }
@@ -102,7 +101,7 @@ fn stays(candidate: &Candidate, gc: &ImageGc, now: Timestamp) -> Option<String> 
         return Some(format!("it has another name, {}", clip(name.clone(), limits::IMAGE_BYTES_MAX)));
     }
     // A clock that was set back makes an image young for a while; then it stays a little longer.
-    let age_ms = now.as_millis().saturating_sub(pulled.pulled_at.max(pulled.last_used_at).as_millis());
+    let age_ms = now.as_millis().saturating_sub(pulled.idle_since().as_millis());
     (age_ms < gc.min_age_ms).then(|| format!("pulled or used less than {} s ago", gc.min_age_ms / 1000))
 }
 
@@ -118,13 +117,15 @@ struct Survey {
     images: Vec<proto::Image>,
     /// Names and ids that containers are of.
     used: BTreeSet<String>,
-    asked_at: Timestamp,
+    asked: Moment,
+    /// Since it was asked.
+    watch: Stopwatch,
 }
 
 fn survey(agent: &Agent, endpoint: usize) -> Result<Survey, crate::grpc::Error> {
     let client = &agent.endpoint(endpoint).client;
     let quick = || Deadline::within_ms(limits::CRI_QUICK_MS_MAX, "collect");
-    let asked_at = Timestamp::now();
+    let (asked, watch) = (agent.images.lock().ledger.ask(), Stopwatch::start());
     let images = client.list_images(quick())?;
     // After the images: whoever made a container since is in this list.
     let containers = client.list_containers(ContainerFilter::default(), quick())?;
@@ -133,7 +134,7 @@ fn survey(agent: &Agent, endpoint: usize) -> Result<Survey, crate::grpc::Error> 
         [container.image_ref, container.image_id, spec.image, spec.user_specified_image]
     };
     let used = containers.into_iter().flat_map(of).filter(|name| !name.is_empty()).collect();
-    Ok(Survey { images, used, asked_at })
+    Ok(Survey { images, used, asked, watch })
 }
 
 fn space(agent: &Agent, endpoint: usize) -> Result<(Option<String>, Space), String> {
@@ -175,19 +176,29 @@ pub(super) fn pass(agent: &Agent) {
     }
 }
 
+/// The right to remove images, which one has at a time.
+struct Turn<'a>(&'a Images);
+
+impl<'a> Turn<'a> {
+    fn take(images: &'a Images) -> Option<Self> {
+        // Not `then_some`: a turn that is made and not given would end another's.
+        let is_taken = std::mem::replace(&mut images.lock().is_collecting, true);
+        (!is_taken).then(|| Self(images))
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        self.0.lock().is_collecting = false;
+    }
+}
+
 /// Collects on all runtimes, or says what a collection would do; `None` while another is at it.
 pub fn collect(agent: &Agent, dry_run: bool) -> Option<Reply> {
-    if !dry_run && std::mem::replace(&mut agent.images.lock().is_collecting, true) {
-        return None;
-    }
+    let _turn = if dry_run { None } else { Some(Turn::take(&agent.images)?) };
     let mut reply = Reply { dry_run, file_systems: Vec::new(), images: Vec::new(), omitted: 0 };
     for endpoint in 0..agent.node.endpoints.len() {
         collect_from(agent, endpoint, &mut reply);
-    }
-    if !dry_run {
-        agent.images.lock().is_collecting = false;
-        // Pulls that waited for a removal to end.
-        agent.images.changed.notify_all();
     }
     let omitted = reply.images.len().saturating_sub(limits::IMAGES_SHOWN_MAX);
     reply.images.truncate(limits::IMAGES_SHOWN_MAX);
@@ -227,28 +238,47 @@ fn collect_from(agent: &Agent, endpoint: usize, reply: &mut Reply) {
             None
         }
     };
-    reply.file_systems.push(row);
+    let asked = survey.asked;
     let candidates = candidates(agent, endpoint, survey);
     let verdicts = plan(&candidates, space, gc, Timestamp::now());
     for (candidate, mut verdict) in candidates.into_iter().zip(verdicts) {
         if verdict.removes && !reply.dry_run {
-            if let Err(why) = remove(agent, endpoint, &candidate) {
+            if let Err(kept) = remove(agent, endpoint, &candidate, asked) {
+                let why = match kept {
+                    Kept::Wanted => "somebody came for it meanwhile".to_owned(),
+                    Kept::Failed(error) => {
+                        let why = format!("not removed: {}", clip(Chain(&error).to_string(), limits::IMAGE_BYTES_MAX));
+                        row.problem.get_or_insert_with(|| format!("image {} was {why}", candidate.id));
+                        why
+                    }
+                };
                 verdict = Verdict { removes: false, why };
             }
         }
         reply.images.push(shown(agent, endpoint, candidate, verdict));
     }
+    reply.file_systems.push(row);
+}
+
+/// Why an image is still there.
+enum Kept {
+    Failed(crate::grpc::Error),
+    /// Somebody came for it since it was judged.
+    Wanted,
 }
 
 /// All images of a runtime, those first that go first. Notes in passing which of ours are used, and which are gone.
 fn candidates(agent: &Agent, endpoint: usize, survey: Survey) -> Vec<Candidate> {
-    let Survey { images, mut used, asked_at } = survey;
+    let Survey { images, mut used, asked, watch } = survey;
     used.extend(wanted(agent, endpoint));
     let socket = socket(agent, endpoint);
     let now = Timestamp::now();
     let mut inner = agent.images.lock();
     let listed: BTreeSet<&str> = images.iter().map(|image| image.id.as_str()).collect();
-    let mut is_dirty = inner.ledger.prune(&socket, &listed, asked_at);
+    let mut is_dirty = inner.ledger.prune(&socket, &listed, asked);
+    let names = |image: &proto::Image| image.repo_tags.iter().chain(&image.repo_digests).cloned().collect();
+    let named: Vec<(&str, Vec<String>)> = images.iter().map(|image| (image.id.as_str(), names(image))).collect();
+    is_dirty |= inner.ledger.sweep(&socket, &named, (asked, watch), now);
     let held: BTreeSet<String> = inner.held.keys().filter(|(of, _)| *of == endpoint).map(|(_, id)| id.clone()).collect();
     let mut candidates = Vec::new();
     for image in images {
@@ -258,8 +288,9 @@ fn candidates(agent: &Agent, endpoint: usize, survey: Survey) -> Vec<Candidate> 
         let pulled = inner.ledger.get(&socket, &image.id).cloned();
         candidates.push(Candidate { id: image.id, names, bytes: image.size, is_pinned: image.pinned, is_used, pulled });
     }
-    inner.is_dirty |= is_dirty;
+    inner.change += u64::from(is_dirty);
     drop(inner);
+    agent.images.changed.notify_all();
     // Those nobody pulled last: they stay anyway.
     candidates.sort_by_key(|c| (c.pulled.is_none(), c.pulled.as_ref().map(|p| (p.last_used_at, p.pulled_at))));
     candidates
@@ -271,44 +302,54 @@ fn wanted(agent: &Agent, endpoint: usize) -> impl Iterator<Item = String> {
 }
 
 /// Removes an image, unless somebody came for it since it was judged.
-fn remove(agent: &Agent, endpoint: usize, candidate: &Candidate) -> Result<(), String> {
+fn remove(agent: &Agent, endpoint: usize, candidate: &Candidate, asked: Moment) -> Result<(), Kept> {
     let marks: BTreeSet<(usize, String)> = candidate.names.iter().chain([&candidate.id]).map(|name| (endpoint, name.clone())).collect();
     {
         let mut inner = agent.images.lock();
         let is_pulling = |(of, name): &(usize, String)| {
             inner.pulls.iter().any(|pull| pull.key.endpoint == *of && pull.is_doing && pull.key.image.listed() == *name)
         };
-        if inner.held.contains_key(&(endpoint, candidate.id.clone())) || marks.iter().any(is_pulling) {
-            return Err("somebody came for it meanwhile".into());
+        // It may have been pulled since it was listed, by a name it had not then.
+        let is_touched = inner.ledger.is_touched(&socket(agent, endpoint), &candidate.id, asked);
+        if is_touched || inner.held.contains_key(&(endpoint, candidate.id.clone())) || marks.iter().any(is_pulling) {
+            return Err(Kept::Wanted);
         }
-        // From here on whoever comes for it waits, or pulls it anew.
+        // From here on whoever comes for it waits, looks again, or pulls it anew.
         inner.removing.extend(marks.iter().cloned());
+        inner.removals += 1;
     }
-    let result = remove_marked(agent, endpoint, candidate, &marks);
-    let mut inner = agent.images.lock();
-    inner.removing.retain(|mark| !marks.contains(mark));
-    if result.is_ok() {
-        inner.ledger.remove(&socket(agent, endpoint), &candidate.id);
-        inner.is_dirty = true;
+    let marks = Marks { images: &agent.images, marks };
+    // Whoever is in the registry by now came before the mark, or will see it.
+    if wanted(agent, endpoint).any(|name| marks.marks.contains(&(endpoint, name))) {
+        return Err(Kept::Wanted);
     }
-    drop(inner);
-    agent.images.changed.notify_all();
-    result
+    remove_marked(agent, endpoint, candidate)?;
+    agent.images.change(|ledger| {
+        ledger.remove(&socket(agent, endpoint), &candidate.id);
+        true
+    });
+    Ok(())
 }
 
-fn remove_marked(agent: &Agent, endpoint: usize, candidate: &Candidate, marks: &BTreeSet<(usize, String)>) -> Result<(), String> {
-    // Whoever is in the registry by now came before the mark, or will see it.
-    if wanted(agent, endpoint).any(|name| marks.contains(&(endpoint, name))) {
-        return Err("somebody came for it meanwhile".into());
+/// What keeps pulls and starts off an image that is being removed.
+struct Marks<'a> {
+    images: &'a Images,
+    marks: BTreeSet<(usize, String)>,
+}
+
+impl Drop for Marks<'_> {
+    fn drop(&mut self) {
+        self.images.lock().removing.retain(|mark| !self.marks.contains(mark));
+        self.images.changed.notify_all();
     }
+}
+
+fn remove_marked(agent: &Agent, endpoint: usize, candidate: &Candidate) -> Result<(), Kept> {
     let quick = || Deadline::within_ms(limits::CRI_QUICK_MS_MAX, "RemoveImage");
     let client = &agent.endpoint(endpoint).client;
     let image = proto::ImageSpec { image: candidate.id.clone(), ..Default::default() };
     match client.remove_image(&image, quick()) {
-        Err(error) if error.code() != Some(Code::NotFound) => {
-            log::warn!("image {}: not removed: {}", candidate.id, Chain(&error));
-            Err(format!("not removed: {}", clip(Chain(&error).to_string(), limits::IMAGE_BYTES_MAX)))
-        }
+        Err(error) if error.code() != Some(Code::NotFound) => Err(Kept::Failed(error)),
         Ok(()) | Err(_) => {
             let name = candidate.names.first().unwrap_or(&candidate.id);
             log::info!("image {name}: removed, {} bytes, {}", candidate.bytes, candidate.id);
@@ -325,7 +366,7 @@ fn shown(agent: &Agent, endpoint: usize, candidate: Candidate, verdict: Verdict)
         endpoint: socket(agent, endpoint),
         bytes,
         last_used_at: pulled.as_ref().map(|pulled| pulled.last_used_at),
-        pulled_by_kakuri: pulled.is_some(),
+        pulled_by_kakuri: pulled.is_some_and(|pulled| pulled.is_ours),
         in_use: is_used,
         removed: verdict.removes,
         why: verdict.why,

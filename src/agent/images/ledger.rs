@@ -1,9 +1,14 @@
 //! What this agent pulled: the images it may collect, and for whose credentials a registry gave each out.
 //!
-//! Kept in a file that is replaced as a whole. One that is missing, damaged or of another version is an empty one: then nothing that
-//! is there is ours, so nothing is collected. So it is with an image whose agent died between the pull and the writing.
+//! A pull that shows credentials is written down before the runtime hears of it, as an [`Intent`]. From then on until its end is
+//! known, an image of its repository that nobody can tell the origin of is for nobody: whoever asks for it is sent to the registry.
+//! So a pull whose answer was lost, or whose agent died, gives nothing away.
 //!
-//! Invariant: an image that was at the runtime before kakuri pulled it is never in here.
+//! Kept in a file that is replaced as a whole. One that is missing or damaged is an empty one: then nothing that is there is ours, so
+//! nothing is collected. So it is with an image whose agent died between the pull and the writing.
+//!
+//! Invariant: an image that was at the runtime before kakuri pulled it is never in here as ours.
+//! Invariant: images and intents together are at most `IMAGES_MAX`; an image some may not use is never forgotten to make room.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, OpenOptions};
@@ -11,11 +16,12 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use crate::deadline::Timestamp;
+use crate::cri::images::{Found, Remains};
+use crate::deadline::{Stopwatch, Timestamp};
 use crate::failpoint;
 use crate::limits;
 use crate::wire::images as wire;
-use crate::workload::Name;
+use crate::workload::{ImageRef, Name};
 
 /// In the agent's state directory.
 pub(super) const FILE: &str = "images.json";
@@ -53,118 +59,386 @@ impl Source {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Pulled {
     pub(super) names: BTreeSet<String>,
+    /// Empty when it came by a pull whose end nobody knows: then it is for nobody until a registry gives it out.
     sources: BTreeSet<Source>,
+    /// It was not there before, so it may be collected.
+    pub(super) is_ours: bool,
     pub(super) pulled_at: Timestamp,
     pub(super) last_used_at: Timestamp,
     /// As the file has it.
     written_at: Timestamp,
+    /// When this agent heard of it. Uses shortly before that are not in the file.
+    known_at: Timestamp,
+    /// When something last came of it here.
+    touched: Moment,
+}
+
+impl Pulled {
+    /// Since when nobody used it, as far as anybody can tell.
+    pub(super) fn idle_since(&self) -> Timestamp {
+        self.pulled_at.max(self.last_used_at).max(self.known_at)
+    }
 }
 
 #[cfg(test)]
 impl Pulled {
     pub(super) fn sample(name: &str, pulled_at: Timestamp, last_used_at: Timestamp) -> Self {
         let (names, sources) = (BTreeSet::from([name.to_owned()]), BTreeSet::from([Source::Anonymous]));
-        Self { names, sources, pulled_at, last_used_at, written_at: last_used_at }
+        let (written_at, known_at, touched) = (last_used_at, pulled_at, Moment(0));
+        Self { names, sources, is_ours: true, pulled_at, last_used_at, written_at, known_at, touched }
     }
 }
+
+/// Of the ledger's own time, which nobody sets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Moment(u64);
+
+/// What makes two intents the same.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct IntentKey {
+    pub(super) socket: String,
+    /// As the runtime will list it.
+    pub(super) name: String,
+    pub(super) source: Source,
+}
+
+/// A pull with credentials that may have brought, or may yet bring, what the ledger does not know.
+#[derive(Debug)]
+struct Intent {
+    repository: String,
+    /// What was there before that moment did not come by it. An agent before this one knew.
+    opened: Option<Moment>,
+    /// Such pulls that are under way.
+    doing: usize,
+    doubt: Option<Doubt>,
+}
+
+/// A pull ended, and nobody knows how.
+#[derive(Clone, Copy, Debug)]
+struct Doubt {
+    at: Moment,
+    since: Stopwatch,
+    /// For so long after that the runtime may still be at it.
+    ms: u64,
+}
+
+impl Doubt {
+    /// The runtime may be at it for as long as it was given.
+    fn unanswered(at: Moment) -> Self {
+        Self { at, since: Stopwatch::start(), ms: limits::START_DEADLINE_MS_MAX }
+    }
+
+    fn answered(at: Moment) -> Self {
+        Self { at, since: Stopwatch::start(), ms: 0 }
+    }
+
+    fn left_ms(&self) -> u64 {
+        self.ms.saturating_sub(self.since.elapsed_ms())
+    }
+
+    /// Whether a runtime that was asked then, when `watch` began, told all that may come of it.
+    fn is_over(&self, asked: Moment, watch: Stopwatch) -> bool {
+        asked > self.at && (self.ms == 0 || self.since.elapsed_ms() >= self.ms.saturating_add(watch.elapsed_ms()))
+    }
+}
+
+/// There is no room for what must not be forgotten.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Full;
 
 /// All of them, by runtime and id.
 #[derive(Debug)]
 pub(super) struct Ledger {
     path: PathBuf,
     images: BTreeMap<(String, String), Pulled>,
+    intents: BTreeMap<IntentKey, Intent>,
+    /// What was seen at a runtime and is not in `images`, and when it was seen first.
+    strangers: BTreeMap<(String, String), Moment>,
+    now: Moment,
+    /// When an image was last forgotten.
+    forgot: Moment,
 }
 
 impl Ledger {
     /// What the file says; nothing, and a warning, when it cannot be believed.
     pub(super) fn read(path: PathBuf) -> Self {
-        let images = match load(&path) {
-            Ok(images) => images,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => BTreeMap::new(),
+        let (images, intents) = match load(&path) {
+            Ok(loaded) => loaded,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Default::default(),
             Err(error) => {
                 log::warn!("{}: {error}; no image that is there now will be collected", path.display());
-                BTreeMap::new()
+                Default::default()
             }
         };
-        Self { path, images }
+        Self { path, images, intents, strangers: BTreeMap::new(), now: Moment(1), forgot: Moment(0) }
     }
 
-    /// Notes a pull; whether there is something to write.
-    pub(super) fn pulled(&mut self, socket: &str, id: &str, name: String, source: Source, was_there: bool, now: Timestamp) -> bool {
-        let key = (socket.to_owned(), id.to_owned());
-        let is_full = self.images.len() >= limits::IMAGES_MAX;
-        match self.images.get_mut(&key) {
-            Some(pulled) => {
-                pulled.last_used_at = now;
-                let is_new_source = pulled.sources.len() < limits::IMAGE_NAMES_MAX && pulled.sources.insert(source);
-                let is_new_name = pulled.names.len() < limits::IMAGE_NAMES_MAX && pulled.names.insert(name);
-                is_new_source || is_new_name
-            }
-            None if was_there || is_full => false,
-            None => {
-                let (names, sources) = (BTreeSet::from([name]), BTreeSet::from([source]));
-                self.images.insert(key, Pulled { names, sources, pulled_at: now, last_used_at: now, written_at: now });
-                true
+    /// Before a runtime is asked for its images.
+    pub(super) fn ask(&mut self) -> Moment {
+        self.now.0 += 1;
+        self.now
+    }
+
+    /// Learns what is at a runtime that was asked at that moment; the moment before which all of it was there. `None` when an image
+    /// was forgotten since: it may be in the answer and gone, so it has to be asked again.
+    pub(super) fn listed(&mut self, socket: &str, ids: &BTreeSet<&str>, asked: Moment) -> Option<Moment> {
+        if self.forgot >= asked {
+            return None;
+        }
+        // What others learned since they asked may have come since this was asked.
+        self.strangers.retain(|(of, id), first| of != socket || *first >= asked || ids.contains(id.as_str()));
+        for id in ids {
+            let key = (socket.to_owned(), (*id).to_owned());
+            if !self.images.contains_key(&key) {
+                self.strangers.entry(key).or_insert(self.now);
             }
         }
+        Some(self.ask())
+    }
+
+    /// Notes that a pull is to begin, of a runtime that has told before `opened` what it has; whether that is news.
+    ///
+    /// # Errors
+    /// [`Full`]: then it must not begin.
+    pub(super) fn open(&mut self, key: &IntentKey, opened: Moment) -> Result<bool, Full> {
+        if let Some(intent) = self.intents.get_mut(key) {
+            intent.doing += 1;
+            return Ok(false);
+        }
+        if !self.make_room() {
+            return Err(Full);
+        }
+        self.intents.insert(key.clone(), Intent { repository: repository(&key.name), opened: Some(opened), doing: 1, doubt: None });
+        Ok(true)
+    }
+
+    /// Notes that a pull that was noted ended, and what it left; whether there is something to write.
+    pub(super) fn close(&mut self, key: &IntentKey, remains: Remains) -> bool {
+        let at = self.ask();
+        let Some(intent) = self.intents.get_mut(key) else { return false };
+        intent.doing = intent.doing.saturating_sub(1);
+        let doubt = match remains {
+            Remains::Nothing => None,
+            Remains::Perhaps => Some(Doubt::answered(at)),
+            Remains::Yet => Some(Doubt::unanswered(at)),
+        };
+        if let Some(doubt) = doubt {
+            // The longer one counts.
+            intent.doubt = Some(intent.doubt.filter(|known| known.left_ms() > doubt.ms).map_or(doubt, |known| Doubt { at, ..known }));
+        }
+        let is_settled = intent.doing == 0 && intent.doubt.is_none();
+        if is_settled {
+            self.intents.remove(key);
+        }
+        is_settled
+    }
+
+    /// Notes what a pull brought, of a runtime that has told before `opened` what it has; whether there is something to write. The
+    /// intent of a pull with credentials is closed after this.
+    pub(super) fn pulled(&mut self, key: &IntentKey, found: &Found, opened: Moment, now: Timestamp) -> Result<bool, Full> {
+        let IntentKey { socket, name, source } = key;
+        let id = (socket.clone(), found.image.id.clone());
+        let touched = self.now;
+        if let Some(pulled) = self.images.get_mut(&id) {
+            (pulled.last_used_at, pulled.touched) = (now, touched);
+            // One that gets no more names has a name that is not ours, and stays; one that gets no more sources is pulled again.
+            let is_new_source = pulled.sources.len() < limits::IMAGE_NAMES_MAX && pulled.sources.insert(source.clone());
+            let is_new_name = pulled.names.len() < limits::IMAGE_NAMES_MAX && pulled.names.insert(name.clone());
+            return Ok(is_new_source || is_new_name);
+        }
+        let was_there = self.strangers.get(&id).is_some_and(|first| *first < opened);
+        let is_ours = match self.origin(socket, &found.image.id, found.names.iter().chain([name])) {
+            Some(origin) => origin.is_ours || !was_there,
+            None if was_there => return Ok(false),
+            None => true,
+        };
+        // The slot of its intent is to be free; who else forgets nothing but what everybody may use anyway.
+        let has_intent = self.intents.get(key).is_some_and(|intent| intent.doing == 1 && intent.doubt.is_none());
+        if !has_intent && !self.make_room() {
+            // Everybody may have it from the registry, and what is not in here is not collected.
+            return if *source == Source::Anonymous { Ok(false) } else { Err(Full) };
+        }
+        self.insert(id, BTreeSet::from([name.clone()]), BTreeSet::from([source.clone()]), is_ours, now);
+        Ok(true)
+    }
+
+    fn insert(&mut self, id: (String, String), names: BTreeSet<String>, sources: BTreeSet<Source>, is_ours: bool, now: Timestamp) {
+        self.strangers.remove(&id);
+        let touched = self.now;
+        let pulled = Pulled { names, sources, is_ours, pulled_at: now, last_used_at: now, written_at: now, known_at: now, touched };
+        self.images.insert(id, pulled);
+    }
+
+    /// Takes down what pulls left whose end nobody knows, and forgets those of them that can leave nothing more. The images are of a
+    /// runtime that was asked for them then, when `watch` began; whether there is something to write.
+    pub(super) fn sweep(
+        &mut self,
+        socket: &str,
+        images: &[(&str, Vec<String>)],
+        (asked, watch): (Moment, Stopwatch),
+        now: Timestamp,
+    ) -> bool {
+        if !self.intents.keys().any(|key| key.socket == socket) {
+            return false;
+        }
+        let (mut is_dirty, mut is_whole) = (false, true);
+        for (id, names) in images {
+            let key = (socket.to_owned(), (*id).to_owned());
+            if self.images.contains_key(&key) || id.len() > limits::IMAGE_BYTES_MAX {
+                continue;
+            }
+            let Some(Origin { names, is_ours }) = self.origin(socket, id, names.iter()) else { continue };
+            if self.make_room() {
+                self.insert(key, names, BTreeSet::new(), is_ours, now);
+                is_dirty = true;
+            } else {
+                is_whole = false;
+            }
+        }
+        let before = self.intents.len();
+        let is_over = |intent: &Intent| intent.doing == 0 && intent.doubt.is_some_and(|doubt| doubt.is_over(asked, watch));
+        self.intents.retain(|key, intent| key.socket != socket || !is_whole || !is_over(intent));
+        is_dirty || before != self.intents.len()
+    }
+
+    /// Where an image may have come from that is not in here; `None` when it is somebody else's for certain.
+    fn origin<'a, T: AsRef<str> + ?Sized + 'a>(&self, socket: &str, id: &str, names: impl Iterator<Item = &'a T>) -> Option<Origin> {
+        if self.intents.is_empty() {
+            return None;
+        }
+        let repositories: BTreeSet<String> = names.map(|name| repository(name.as_ref())).collect();
+        let first = self.strangers.get(&(socket.to_owned(), id.to_owned()));
+        let covers = |key: &IntentKey, intent: &Intent| {
+            let was_there = intent.opened.is_some_and(|opened| first.is_some_and(|first| *first < opened));
+            key.socket == socket && repositories.contains(&intent.repository) && !was_there
+        };
+        let mut origin: Option<Origin> = None;
+        for (key, intent) in self.intents.iter().filter(|(key, intent)| covers(key, intent)) {
+            let origin = origin.get_or_insert(Origin { names: BTreeSet::new(), is_ours: true });
+            origin.is_ours &= intent.opened.is_some();
+            if origin.names.len() < limits::IMAGE_NAMES_MAX {
+                origin.names.insert(key.name.clone());
+            }
+        }
+        origin
+    }
+
+    /// Whether there is room for one more, after an image was forgotten that everybody may use anyway.
+    fn make_room(&mut self) -> bool {
+        if self.images.len() + self.intents.len() < limits::IMAGES_MAX {
+            return true;
+        }
+        let open = self.images.iter().filter(|(_, pulled)| pulled.sources.contains(&Source::Anonymous));
+        let oldest = open.min_by_key(|(_, pulled)| pulled.last_used_at).map(|(id, _)| id.clone());
+        let Some((socket, id)) = oldest else { return false };
+        self.remove(&socket, &id);
+        self.images.len() + self.intents.len() < limits::IMAGES_MAX
     }
 
     /// Notes that an image is used; whether that is worth writing: hours are, not every start.
     pub(super) fn used(&mut self, socket: &str, id: &str, now: Timestamp) -> bool {
+        let touched = self.now;
         let Some(pulled) = self.images.get_mut(&(socket.to_owned(), id.to_owned())) else { return false };
-        pulled.last_used_at = now;
+        (pulled.last_used_at, pulled.touched) = (now, touched);
         now.as_millis().abs_diff(pulled.written_at.as_millis()) >= USED_MS
     }
 
-    /// Whether a workload that shows these credentials may use an image that is there, without a word from its registry.
-    pub(super) fn may_use(&self, socket: &str, id: &str, credentials: Option<&Name>) -> bool {
+    /// Whether a workload that shows these credentials may use an image that is there, under these names, without a word from its
+    /// registry.
+    pub(super) fn may_use(&self, socket: &str, found: &Found, name: &str, credentials: Option<&Name>) -> bool {
         let shows = |source: &Source| match (source, credentials) {
             (Source::Anonymous, _) | (Source::Node, None) => true,
             (Source::Named(name), Some(shown)) => name == shown,
             (Source::Named(_), None) | (Source::Node, Some(_)) => false,
         };
-        self.get(socket, id).is_none_or(|pulled| pulled.sources.iter().any(shows))
+        match self.get(socket, &found.image.id) {
+            Some(pulled) => pulled.sources.iter().any(shows),
+            None => self.origin(socket, &found.image.id, found.names.iter().map(String::as_str).chain([name])).is_none(),
+        }
     }
 
     pub(super) fn get(&self, socket: &str, id: &str) -> Option<&Pulled> {
         self.images.get(&(socket.to_owned(), id.to_owned()))
     }
 
+    /// Whether an image was pulled or used since that moment.
+    pub(super) fn is_touched(&self, socket: &str, id: &str, since: Moment) -> bool {
+        self.get(socket, id).is_some_and(|pulled| pulled.touched >= since)
+    }
+
     /// Forgets an image that was removed.
     pub(super) fn remove(&mut self, socket: &str, id: &str) {
         self.images.remove(&(socket.to_owned(), id.to_owned()));
+        self.forgot = self.now;
     }
 
     /// Forgets what a runtime does not have any more; whether there was any. What was pulled after its list was asked for is not
     /// missing.
-    pub(super) fn prune(&mut self, socket: &str, listed: &BTreeSet<&str>, asked_at: Timestamp) -> bool {
+    pub(super) fn prune(&mut self, socket: &str, listed: &BTreeSet<&str>, asked: Moment) -> bool {
         let before = self.images.len();
-        self.images.retain(|(of, id), pulled| of != socket || listed.contains(id.as_str()) || pulled.last_used_at >= asked_at);
-        before != self.images.len()
+        self.images.retain(|(of, id), pulled| of != socket || listed.contains(id.as_str()) || pulled.touched >= asked);
+        let is_less = before != self.images.len();
+        if is_less {
+            self.forgot = self.now;
+        }
+        is_less
     }
 
-    /// The file's path and text, as of now.
-    pub(super) fn text(&mut self) -> (PathBuf, String) {
-        let image = |((endpoint, id), pulled): (&(String, String), &mut Pulled)| {
-            pulled.written_at = pulled.last_used_at;
-            wire::Pulled {
-                endpoint: endpoint.clone(),
-                id: id.clone(),
-                names: pulled.names.iter().cloned().collect(),
-                credentials: pulled.sources.iter().map(Source::text).collect(),
-                pulled_at: pulled.pulled_at,
-                last_used_at: pulled.last_used_at,
-            }
+    /// The file's path, and what it is to hold as of now.
+    pub(super) fn contents(&mut self) -> (PathBuf, Contents) {
+        self.images.values_mut().for_each(|pulled| pulled.written_at = pulled.last_used_at);
+        (self.path.clone(), Contents { images: self.images.clone(), intents: self.intents.keys().cloned().collect() })
+    }
+}
+
+/// What may have brought an image.
+struct Origin {
+    /// Under which names.
+    names: BTreeSet<String>,
+    /// It was not there before.
+    is_ours: bool,
+}
+
+/// The repository of a name as runtimes list them, by tag or by digest.
+fn repository(name: &str) -> String {
+    // Completed, a name may be a little longer than one that may be asked for.
+    let cut = || {
+        let name = name.split_once('@').map_or(name, |(name, _)| name);
+        name.rsplit_once(':').filter(|(_, tag)| !tag.contains('/')).map_or(name, |(repository, _)| repository).to_owned()
+    };
+    ImageRef::new(name).map_or_else(|_| cut(), |name| name.repository().to_owned())
+}
+
+/// What the file is to hold.
+pub(super) struct Contents {
+    images: BTreeMap<(String, String), Pulled>,
+    intents: Vec<IntentKey>,
+}
+
+impl Contents {
+    /// The file's text.
+    pub(super) fn text(self) -> String {
+        let image = |((endpoint, id), pulled): ((String, String), Pulled)| wire::Pulled {
+            endpoint,
+            id,
+            names: pulled.names.into_iter().collect(),
+            credentials: pulled.sources.iter().map(Source::text).collect(),
+            ours: pulled.is_ours,
+            pulled_at: pulled.pulled_at,
+            last_used_at: pulled.last_used_at,
         };
-        let images = self.images.iter_mut().map(image).collect();
-        (self.path.clone(), wire::Ledger { version: wire::Ledger::VERSION, images }.to_text())
+        let intent = |IntentKey { socket, name, source }| wire::Intent { endpoint: socket, name, credentials: source.text() };
+        let images = self.images.into_iter().map(image).collect();
+        wire::Ledger { version: wire::Ledger::VERSION, images, intents: self.intents.into_iter().map(intent).collect() }.to_text()
     }
 }
 
 /// A use this much later than the one on disk is written.
 const USED_MS: u64 = 3_600_000;
 
-fn load(path: &Path) -> io::Result<BTreeMap<(String, String), Pulled>> {
+type Loaded = (BTreeMap<(String, String), Pulled>, BTreeMap<IntentKey, Intent>);
+
+fn load(path: &Path) -> io::Result<Loaded> {
     let damaged = |what: &str| io::Error::new(io::ErrorKind::InvalidData, format!("damaged: {what}"));
     let mut bytes = Vec::new();
     File::open(path)?.take(limits::IMAGES_FILE_BYTES_MAX as u64 + 1).read_to_end(&mut bytes)?;
@@ -173,19 +447,28 @@ fn load(path: &Path) -> io::Result<BTreeMap<(String, String), Pulled>> {
     }
     let ledger = wire::Ledger::parse(&bytes).map_err(|error| damaged(&error.to_string()))?;
     let mut images = BTreeMap::new();
-    for wire::Pulled { endpoint, id, names, credentials, pulled_at, last_used_at } in ledger.images {
+    let known_at = Timestamp::now();
+    for wire::Pulled { endpoint, id, names, credentials, ours, pulled_at, last_used_at } in ledger.images {
         let sources: Option<BTreeSet<Source>> = credentials.iter().map(|text| Source::parse(text)).collect();
-        let sources = sources.filter(|sources| !sources.is_empty()).ok_or_else(|| damaged("credentials nobody knows"))?;
-        let names: BTreeSet<String> = names.into_iter().collect();
+        // A version before this one remembered more of them.
+        let sources = sources.ok_or_else(|| damaged("credentials nobody knows"))?.into_iter().take(limits::IMAGE_NAMES_MAX).collect();
+        let names: BTreeSet<String> = names.into_iter().take(limits::IMAGE_NAMES_MAX).collect();
         if names.is_empty() || id.is_empty() {
             return Err(damaged("an image without a name"));
         }
-        let pulled = Pulled { names, sources, pulled_at, last_used_at, written_at: last_used_at };
+        let (written_at, touched) = (last_used_at, Moment(0));
+        let pulled = Pulled { names, sources, is_ours: ours, pulled_at, last_used_at, written_at, known_at, touched };
         if images.insert((endpoint, id), pulled).is_some() {
             return Err(damaged("an image is there twice"));
         }
     }
-    Ok(images)
+    let mut intents = BTreeMap::new();
+    for wire::Intent { endpoint: socket, name, credentials } in ledger.intents {
+        let source = Source::parse(&credentials).ok_or_else(|| damaged("credentials nobody knows"))?;
+        let intent = Intent { repository: repository(&name), opened: None, doing: 0, doubt: Some(Doubt::unanswered(Moment(0))) };
+        intents.insert(IntentKey { socket, name, source }, intent);
+    }
+    Ok((images, intents))
 }
 
 /// Writes a file so that whoever reads it, after whatever happened, finds the old one or the new one.
@@ -225,17 +508,60 @@ mod tests {
         Name::new(text).expect("valid")
     }
 
+    fn key(name: &str, source: Source) -> IntentKey {
+        IntentKey { socket: SOCKET.into(), name: name.into(), source }
+    }
+
+    fn team() -> Source {
+        Source::Named(name("team"))
+    }
+
+    fn found(id: &str, names: &[&str]) -> Found {
+        let image = crate::cri::images::Image { id: id.into(), digest: None };
+        Found { image, names: names.iter().map(|name| (*name).to_owned()).collect() }
+    }
+
+    /// What a pull learns first, of a runtime that has these images.
+    fn look(ledger: &mut Ledger, ids: &[&str]) -> Moment {
+        let asked = ledger.ask();
+        ledger.listed(SOCKET, &ids.iter().copied().collect(), asked).expect("nothing was forgotten")
+    }
+
+    /// A whole pull of an image that is there under that name alone, then; whether there is something to write.
+    fn pull(ledger: &mut Ledger, there: &[&str], id: &str, key: &IntentKey, now: Timestamp) -> bool {
+        let opened = look(ledger, there);
+        if key.source != Source::Anonymous {
+            ledger.open(key, opened).expect("room");
+        }
+        let is_news = ledger.pulled(key, &found(id, &[&key.name]), opened, now).expect("room");
+        ledger.close(key, Remains::Nothing);
+        is_news
+    }
+
+    fn may_use(ledger: &Ledger, id: &str, image: &str, shown: Option<&str>) -> bool {
+        ledger.may_use(SOCKET, &found(id, &[image]), image, shown.map(name).as_ref())
+    }
+
+    fn sweep(ledger: &mut Ledger, id: &str, image: &str) -> bool {
+        let asked = (ledger.ask(), Stopwatch::start());
+        ledger.sweep(SOCKET, &[(id, vec![image.to_owned()])], asked, at(9))
+    }
+
     #[test]
     fn what_was_written_is_read_and_what_was_damaged_is_nothing() {
         let path = temporary();
         let mut first = ledger(&path);
-        assert!(first.pulled(SOCKET, "sha256:1", "r.test/a:1".into(), Source::Node, false, at(1)));
-        assert!(first.pulled(SOCKET, "sha256:1", "r.test/a:2".into(), Source::Named(name("team")), true, at(2)));
-        assert!(!first.pulled(SOCKET, "sha256:2", "r.test/b:1".into(), Source::Anonymous, true, at(2)), "it was there before");
-        let (to, text) = first.text();
+        assert!(pull(&mut first, &[], "sha256:1", &key("r.test/a:1", Source::Node), at(1)));
+        assert!(pull(&mut first, &["sha256:1"], "sha256:1", &key("r.test/a:2", team()), at(2)));
+        assert!(!pull(&mut first, &["sha256:2"], "sha256:2", &key("r.test/b:1", Source::Anonymous), at(2)), "it was there before");
+        let opened = look(&mut first, &[]);
+        first.open(&key("r.test/c:1", team()), opened).expect("room");
+        let (to, contents) = first.contents();
+        let text = contents.text();
         write(&to, &text).expect("written");
-        let second = ledger(&path);
-        assert_eq!(second.images, first.images);
+        let mut second = ledger(&path);
+        assert_eq!((second.images.len(), second.intents.len()), (1, 1));
+        assert_eq!(second.contents().1.text(), text);
         for cut in 0..text.len() {
             fs::write(&path, &text[..cut]).expect("written");
             assert!(ledger(&path).images.is_empty(), "{cut}");
@@ -250,27 +576,183 @@ mod tests {
     #[test]
     fn an_image_is_for_those_its_registry_gave_it_to() {
         let mut ledger = ledger(&temporary());
-        let team = name("team");
-        assert!(ledger.may_use(SOCKET, "sha256:0", None), "what somebody else put there is for everybody");
-        ledger.pulled(SOCKET, "sha256:1", "r.test/a:1".into(), Source::Named(team.clone()), false, at(1));
-        let of = |ledger: &Ledger, shown: Option<&Name>| ledger.may_use(SOCKET, "sha256:1", shown);
-        assert!(of(&ledger, Some(&team)) && !of(&ledger, None) && !of(&ledger, Some(&name("other"))));
-        ledger.pulled(SOCKET, "sha256:1", "r.test/a:1".into(), Source::Node, true, at(2));
-        assert!(of(&ledger, None) && !of(&ledger, Some(&name("other"))));
-        ledger.pulled(SOCKET, "sha256:1", "r.test/a:1".into(), Source::Anonymous, true, at(3));
-        assert!(of(&ledger, Some(&name("other"))));
+        assert!(may_use(&ledger, "sha256:0", "r.test/z:1", None), "what somebody else put there is for everybody");
+        pull(&mut ledger, &[], "sha256:1", &key("r.test/a:1", team()), at(1));
+        let of = |ledger: &Ledger, shown: Option<&str>| may_use(ledger, "sha256:1", "r.test/a:1", shown);
+        assert!(of(&ledger, Some("team")) && !of(&ledger, None) && !of(&ledger, Some("other")));
+        pull(&mut ledger, &["sha256:1"], "sha256:1", &key("r.test/a:1", Source::Node), at(2));
+        assert!(of(&ledger, None) && !of(&ledger, Some("other")));
+        pull(&mut ledger, &["sha256:1"], "sha256:1", &key("r.test/a:1", Source::Anonymous), at(3));
+        assert!(of(&ledger, Some("other")));
+        // What was there before is for everybody still.
+        assert!(!pull(&mut ledger, &["sha256:2"], "sha256:2", &key("r.test/b:1", team()), at(4)));
+        assert!(may_use(&ledger, "sha256:2", "r.test/b:1", None));
+    }
+
+    #[test]
+    fn what_a_lost_pull_brought_is_for_nobody_until_a_registry_gives_it_out() {
+        for remains in [Remains::Perhaps, Remains::Yet] {
+            let mut ledger = ledger(&temporary());
+            let (private, id) = (key("r.test/a:1", team()), "sha256:1");
+            let by_digest = format!("r.test/a@sha256:{}", "0".repeat(64));
+            let opened = look(&mut ledger, &["sha256:0"]);
+            assert_eq!(ledger.open(&private, opened), Ok(true));
+            // The runtime has it, before the answer and after it was lost.
+            for _ in 0..2 {
+                for name in [&private.name, &by_digest] {
+                    assert!(!may_use(&ledger, id, name, None) && !may_use(&ledger, id, name, Some("team")), "{name}");
+                }
+                assert!(may_use(&ledger, "sha256:0", &private.name, None), "it was there before");
+                assert!(may_use(&ledger, id, "r.test/b:1", None), "another repository is none of it");
+                assert!(!ledger.close(&private, remains), "it stays in the file");
+            }
+            // Others look around, and are none the wiser.
+            look(&mut ledger, &["sha256:0", id]);
+            assert!(!may_use(&ledger, id, &private.name, None));
+            // Asked again, the registry says who may. It came by us.
+            assert!(pull(&mut ledger, &["sha256:0", id], id, &private, at(1)));
+            assert!(may_use(&ledger, id, &private.name, Some("team")) && !may_use(&ledger, id, &private.name, None));
+            assert!(ledger.get(SOCKET, id).is_some_and(|pulled| pulled.is_ours));
+            // A list that was asked for after the end says all there is to know, unless the runtime may be at it still.
+            assert_eq!(sweep(&mut ledger, id, &private.name), remains == Remains::Perhaps);
+            assert_eq!(ledger.intents.is_empty(), remains == Remains::Perhaps);
+        }
+    }
+
+    #[test]
+    fn what_a_lost_pull_brought_is_taken_down_by_a_sweep() {
+        let mut ledger = ledger(&temporary());
+        let private = key("r.test/a:1", team());
+        let opened = look(&mut ledger, &[]);
+        ledger.open(&private, opened).expect("room");
+        ledger.close(&private, Remains::Perhaps);
+        assert!(sweep(&mut ledger, "sha256:1", "r.test/a:1") && ledger.intents.is_empty());
+        assert!(!may_use(&ledger, "sha256:1", "r.test/a:1", Some("team")) && !may_use(&ledger, "sha256:1", "r.test/a:1", None));
+        assert!(ledger.get(SOCKET, "sha256:1").is_some_and(|pulled| pulled.is_ours), "it may be collected");
+        assert!(pull(&mut ledger, &["sha256:1"], "sha256:1", &key("r.test/a:1", Source::Node), at(2)));
+        assert!(may_use(&ledger, "sha256:1", "r.test/a:1", None) && !may_use(&ledger, "sha256:1", "r.test/a:1", Some("team")));
+    }
+
+    #[test]
+    fn a_list_from_before_the_end_of_a_pull_says_nothing_of_it() {
+        let mut ledger = ledger(&temporary());
+        let private = key("r.test/a:1", team());
+        let opened = look(&mut ledger, &[]);
+        ledger.open(&private, opened).expect("room");
+        let asked = (ledger.ask(), Stopwatch::start());
+        ledger.close(&private, Remains::Perhaps);
+        assert!(!ledger.sweep(SOCKET, &[], asked, at(9)) && !may_use(&ledger, "sha256:1", "r.test/a:1", None));
+        let asked = (ledger.ask(), Stopwatch::start());
+        assert!(ledger.sweep(SOCKET, &[], asked, at(9)) && ledger.intents.is_empty());
+    }
+
+    #[test]
+    fn what_an_agent_died_over_is_guarded_and_not_collected() {
+        let path = temporary();
+        let mut first = ledger(&path);
+        let private = key("r.test/a:1", team());
+        let opened = look(&mut first, &["sha256:0"]);
+        first.open(&private, opened).expect("room");
+        let (to, contents) = first.contents();
+        write(&to, &contents.text()).expect("written");
+        let mut second = ledger(&path);
+        look(&mut second, &["sha256:0", "sha256:1"]);
+        assert!(!may_use(&second, "sha256:1", "r.test/a:1", None) && !may_use(&second, "sha256:1", "r.test/a:1", Some("team")));
+        assert!(sweep(&mut second, "sha256:1", "r.test/a:1") && !second.intents.is_empty(), "the runtime may be at it still");
+        pull(&mut second, &["sha256:0", "sha256:1"], "sha256:1", &private, at(2));
+        assert!(may_use(&second, "sha256:1", "r.test/a:1", Some("team")) && !may_use(&second, "sha256:1", "r.test/a:1", None));
+        assert!(second.get(SOCKET, "sha256:1").is_some_and(|pulled| !pulled.is_ours), "it may have been there before");
+        fs::remove_dir_all(path.parent().expect("a directory")).expect("removed");
+    }
+
+    #[test]
+    fn what_some_may_not_use_is_never_forgotten_to_make_room() {
+        let mut ledger = ledger(&temporary());
+        let fill = |ledger: &mut Ledger, n: usize, source: Source| {
+            let (id, name) = (format!("sha256:{n}"), format!("r.test/i{n}:1"));
+            ledger.insert((SOCKET.to_owned(), id), BTreeSet::from([name]), BTreeSet::from([source]), true, at(n as u64));
+        };
+        for n in 0..limits::IMAGES_MAX - 1 {
+            fill(&mut ledger, n, team());
+        }
+        fill(&mut ledger, limits::IMAGES_MAX - 1, Source::Anonymous);
+        let more = |n: usize| key(&format!("r.test/more{n}:1"), team());
+        // One that everybody may have goes for it, and none else.
+        assert!(pull(&mut ledger, &[], "sha256:more0", &more(0), at(0)));
+        assert!(may_use(&ledger, "sha256:more0", "r.test/more0:1", Some("team")));
+        let opened = look(&mut ledger, &[]);
+        assert_eq!(ledger.open(&more(1), opened), Err(Full));
+        assert!(!pull(&mut ledger, &[], "sha256:open", &key("r.test/open:1", Source::Anonymous), at(0)), "it is not remembered");
+        assert_eq!(ledger.images.len(), limits::IMAGES_MAX);
+        assert!(!may_use(&ledger, "sha256:7", "r.test/i7:1", None));
+        // The fullest file there can be is read again.
+        let names: BTreeSet<String> =
+            (0..limits::IMAGE_NAMES_MAX).map(|n| format!("{}{n:03}", "n".repeat(limits::IMAGE_BYTES_MAX))).collect();
+        let sources =
+            (0..limits::IMAGE_NAMES_MAX).map(|n| Source::Named(name(&format!("{}{n:03}", "s".repeat(limits::NAME_BYTES_MAX - 3)))));
+        let sources: BTreeSet<Source> = sources.collect();
+        for pulled in ledger.images.values_mut() {
+            (pulled.names, pulled.sources) = (names.clone(), sources.clone());
+        }
+        let text = ledger.contents().1.text();
+        assert!(text.len() < limits::IMAGES_FILE_BYTES_MAX, "{}", text.len());
+        assert_eq!(wire::Ledger::parse(text.as_bytes()).expect("valid").images.len(), limits::IMAGES_MAX);
+    }
+
+    #[test]
+    fn a_list_from_before_an_image_was_forgotten_is_asked_for_again() {
+        let mut ledger = ledger(&temporary());
+        pull(&mut ledger, &[], "sha256:1", &key("r.test/a:1", team()), at(1));
+        let asked = ledger.ask();
+        ledger.remove(SOCKET, "sha256:1");
+        let ids = BTreeSet::from(["sha256:1"]);
+        assert_eq!(ledger.listed(SOCKET, &ids, asked), None, "it is in the list, and was ours");
+        let asked = ledger.ask();
+        assert!(ledger.listed(SOCKET, &ids, asked).is_some());
+    }
+
+    #[test]
+    fn a_list_that_comes_late_takes_nobody_for_new() {
+        let mut ledger = ledger(&temporary());
+        // Theirs came after the one list was asked for, and before the other was.
+        let early = ledger.ask();
+        let opened = look(&mut ledger, &["sha256:theirs"]);
+        assert!(ledger.listed(SOCKET, &BTreeSet::new(), early).is_some());
+        assert_eq!(ledger.pulled(&key("r.test/a:1", Source::Anonymous), &found("sha256:theirs", &[]), opened, at(1)), Ok(false));
+        // What is gone, and comes again by us, is ours.
+        look(&mut ledger, &[]);
+        assert!(pull(&mut ledger, &[], "sha256:theirs", &key("r.test/a:1", Source::Anonymous), at(2)));
     }
 
     #[test]
     fn uses_are_written_by_the_hour_and_what_is_gone_is_forgotten() {
         let mut ledger = ledger(&temporary());
-        ledger.pulled(SOCKET, "sha256:1", "r.test/a:1".into(), Source::Anonymous, false, at(0));
+        pull(&mut ledger, &[], "sha256:1", &key("r.test/a:1", Source::Anonymous), at(0));
         assert!(!ledger.used(SOCKET, "sha256:1", at(3599)) && ledger.used(SOCKET, "sha256:1", at(3600)));
-        ledger.text();
+        ledger.contents();
         assert!(!ledger.used(SOCKET, "sha256:1", at(3601)));
         assert!(!ledger.used(SOCKET, "sha256:2", at(9999)), "not ours");
-        assert!(!ledger.prune("/run/other.sock", &BTreeSet::new(), at(9000)));
-        assert!(!ledger.prune(SOCKET, &BTreeSet::new(), at(3601)), "it came after the list was asked for");
-        assert!(ledger.prune(SOCKET, &BTreeSet::new(), at(3602)) && ledger.get(SOCKET, "sha256:1").is_none());
+        let asked = ledger.ask();
+        assert!(!ledger.is_touched(SOCKET, "sha256:1", asked));
+        assert!(!ledger.prune("/run/other.sock", &BTreeSet::new(), asked));
+        ledger.used(SOCKET, "sha256:1", at(0));
+        assert!(ledger.is_touched(SOCKET, "sha256:1", asked), "whatever the clock says");
+        assert!(!ledger.prune(SOCKET, &BTreeSet::new(), asked), "it came after the list was asked for");
+        let asked = ledger.ask();
+        assert!(ledger.prune(SOCKET, &BTreeSet::new(), asked) && ledger.get(SOCKET, "sha256:1").is_none());
+    }
+
+    #[test]
+    fn what_the_file_knows_was_used_when_it_was_read_at_the_latest() {
+        let path = temporary();
+        let mut first = ledger(&path);
+        pull(&mut first, &[], "sha256:1", &key("r.test/a:1", Source::Anonymous), at(0));
+        let (to, contents) = first.contents();
+        write(&to, &contents.text()).expect("written");
+        let before = Timestamp::now();
+        let second = ledger(&path);
+        let pulled = second.get(SOCKET, "sha256:1").expect("read");
+        assert!(pulled.idle_since() >= before && pulled.last_used_at == at(0), "it is young, and no younger than others");
+        fs::remove_dir_all(path.parent().expect("a directory")).expect("removed");
     }
 }
