@@ -453,6 +453,40 @@ fn logs_are_lines_of_text() {
 }
 
 #[test]
+fn a_hole_in_a_log_is_shown() {
+    let world = World::new();
+    world.post("a");
+    let text = r#"{"type":"Log","stream":"stdout","time":"T1","line":"one"}
+{"type":"Log","stream":"stdout","time":"T2","line":"three","gap":true}
+{"type":"LogEnd","id":"a","gap":true}
+"#;
+    world.agent.fail("GetLogs", Fault::SayAndClose(text.into()));
+    let (_, body) = world.ask("GET", "/workloads/a/logs", "");
+    assert_eq!(body, "one\n[kakuri: output is missing here]\nthree\n[kakuri: output is missing here]\n");
+    world.agent.fail("GetLogs", Fault::SayAndClose(text.into()));
+    let (_, body) = world.ask("GET", "/workloads/a/logs?timestamps", "");
+    let (begin, end) = body.split_at(body.len().min("T1 one\nT2 [kakuri: output is missing here]\nT2 three\n".len()));
+    assert_eq!(begin, "T1 one\nT2 [kakuri: output is missing here]\nT2 three\n");
+    assert!(end.ends_with("Z [kakuri: output is missing here]\n"), "{end}");
+    world.end();
+}
+
+#[test]
+fn a_log_that_breaks_off_is_passed_on_up_to_there_and_not_ended() {
+    let world = World::new();
+    world.post("a");
+    let line = |n: u32| format!("{{\"type\":\"Log\",\"stream\":\"stdout\",\"time\":\"T\",\"line\":\"line {n}\"}}\n");
+    for broken in ["{\"type\":\"Log\",\"str", "{\"type\":\"Ok\"}\n", ""] {
+        world.agent.fail("GetLogs", Fault::SayAndClose(format!("{}{}{broken}", line(1), line(2)).into()));
+        let (_, body) = world.send("GET /workloads/a/logs HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+        let text: String = body.lines().filter(|line| line.starts_with("line")).map(|line| format!("{line} ")).collect();
+        assert_eq!(text, "line 1 line 2 ", "{broken:?}");
+        assert!(!body.ends_with("0\r\n\r\n"), "{body:?}");
+    }
+    world.end();
+}
+
+#[test]
 fn nodes_are_shown_as_their_agents_describe_them() {
     let world = World::new();
     let (status, nodes) = world.json("GET", "/nodes", "");

@@ -76,6 +76,9 @@ fn read_since(text: &str) -> Result<Timestamp, Refusal> {
         .ok_or_else(|| Refusal::bad_query("query parameter since is a time as 2026-01-02T03:04:05Z, or a duration as 10m"))
 }
 
+/// The line in place of output that is missing. A workload can print the same; `gap` of the line protocol is not its to set.
+const GAP: &str = "[kakuri: output is missing here]";
+
 /// Writes log lines as they come, those that lie ready together.
 fn pass_on(
     id: &WorkloadId,
@@ -84,35 +87,42 @@ fn pass_on(
     with_time: bool,
     writer: &mut ChunkWriter<'_>,
 ) -> Result<(), net::Error> {
-    // The response is under way, so that all a failure can do is cut it off.
-    let cut_off = |error: Error| {
-        log::warn!("logs of {id} were cut off: {}", Chain(&error));
-        net::Error::Closed
-    };
     let mut batch = Vec::new();
-    let mut next = first;
-    loop {
+    let push = |batch: &mut Vec<u8>, time: &str, text: &str| {
+        let time = if with_time { [time, " "] } else { ["", ""] };
+        [&time[..], &[text, "\n"]].concat().iter().for_each(|part| batch.extend_from_slice(part.as_bytes()));
+    };
+    let mut next = Ok(first);
+    let error = loop {
         match next {
-            Some(Reply::Log(line)) => {
-                if with_time {
-                    batch.extend_from_slice(line.time.as_bytes());
-                    batch.push(b' ');
+            Ok(Some(Reply::Log(line))) => {
+                if line.gap {
+                    push(&mut batch, &line.time, GAP);
                 }
-                batch.extend_from_slice(line.line.as_bytes());
-                batch.push(b'\n');
+                push(&mut batch, &line.time, &line.line);
             }
-            Some(Reply::LogEnd { .. }) => return writer.write(&batch),
+            Ok(Some(Reply::LogEnd { gap, .. })) => {
+                if gap {
+                    push(&mut batch, &Timestamp::now().to_string(), GAP);
+                }
+                return writer.write(&batch);
+            }
             // A quiet log is still followed.
-            Some(Reply::Heartbeat { .. }) => {}
-            Some(_) => return Err(cut_off(Error::Unexpected)),
-            None if writer.is_over() => return Err(net::Error::Closed),
-            None => {}
+            Ok(Some(Reply::Heartbeat { .. })) => {}
+            Ok(Some(_)) => break Error::Unexpected,
+            Ok(None) if writer.is_over() => return Err(net::Error::Closed),
+            Ok(None) => {}
+            Err(error) => break error,
         }
-        next = if batch.len() < limits::LOG_BATCH_BYTES { replies.ready().map_err(cut_off)? } else { None };
-        if next.is_none() {
+        next = if batch.len() < limits::LOG_BATCH_BYTES { replies.ready() } else { Ok(None) };
+        if matches!(next, Ok(None)) {
             writer.write(&batch)?;
             batch.clear();
-            next = replies.next(Deadline::within_ms(limits::NODE_WAIT_SLICE_MS, "log line")).map_err(cut_off)?;
+            next = replies.next(Deadline::within_ms(limits::NODE_WAIT_SLICE_MS, "log line"));
         }
-    }
+    };
+    // What came before it is whole. The response is under way, so that all a failure can do is cut it off.
+    writer.write(&batch)?;
+    log::warn!("logs of {id} were cut off: {}", Chain(&error));
+    Err(net::Error::Closed)
 }

@@ -23,6 +23,8 @@ pub(super) enum Fault {
     Close,
     /// Says this.
     Say(Reply),
+    /// Says this, word for word, and closes the connection.
+    SayAndClose(Vec<u8>),
     /// Says it as late.
     SayLate(Reply, Duration),
 }
@@ -239,6 +241,10 @@ impl Service for FakeService {
             let replies = match fault {
                 Some(Fault::Close) => return stream.shutdown(Shutdown::Both),
                 Some(Fault::Say(reply)) => vec![reply],
+                Some(Fault::SayAndClose(bytes)) => {
+                    let _ = stream.write_all(&bytes, soon()); // The test sees what is missing.
+                    return stream.shutdown(Shutdown::Both);
+                }
                 Some(Fault::SayLate(reply, late)) => {
                     thread::sleep(late);
                     vec![reply]
