@@ -274,10 +274,14 @@ pub const WATCH_HISTORY_BYTES_MAX: usize = 512 * 1024;
 /// Watches at a time.
 pub const WATCHES_MAX: usize = 32;
 
-/// One physical line of a CRI log file as the runtime writes it (containerd splits at 16 KiB).
+/// One physical line of a CRI log file as the runtime writes it (containerd splits at 16 KiB), without its newline.
 pub const LOG_RECORD_BYTES_MAX: usize = 64 * 1024;
-/// A line joined of partial records; what is over is handed on in pieces of this size.
+/// The time in it (RFC 3339 with nanoseconds and an offset has 35).
+pub const LOG_TIME_BYTES_MAX: usize = 64;
+/// A line joined of partial records; a longer one is handed on in pieces of this size.
 pub const LOG_LINE_BYTES_MAX: usize = 128 * 1024;
+/// What a log request with `tail` holds in memory.
+pub const LOG_TAIL_BYTES_MAX: usize = 8 << 20;
 /// What one look into a log file reads, before the client is looked at again.
 pub const LOG_BATCH_READ_BYTES_MAX: usize = 1 << 20;
 /// `tail` of a log request.
@@ -435,7 +439,9 @@ pub const PLAY_POLL_MS: u64 = 20;
 
 const _: () = assert!(HTTP_BODY_BYTES_MAX + 16 * 1024 < LINE_BYTES_MAX, "a body always fits one line to the agent");
 const _: () = assert!(EXEC_OUTPUT_BYTES_MAX * 3 < LINE_BYTES_MAX, "both exec outputs in base64 fit one reply");
-const _: () = assert!((LOG_LINE_BYTES_MAX + LOG_RECORD_BYTES_MAX) * 5 < LINE_BYTES_MAX, "a log line in base64-like escapes fits one reply");
+const _: () =
+    assert!((LOG_LINE_BYTES_MAX + LOG_TIME_BYTES_MAX) * 6 + 1024 < LINE_BYTES_MAX, "a log line of control characters fits one reply");
+const _: () = assert!(LOG_LINE_BYTES_MAX >= LOG_RECORD_BYTES_MAX, "a record is cut once at most");
 const _: () = assert!(AGENT_SPECS_BYTES_MAX + AGENT_WORKLOADS_MAX * 1536 < GRPC_MESSAGE_BYTES_MAX, "the runtime can list all workloads");
 const _: () = assert!(WORKLOAD_BYTES_MAX + 16 * 1024 < LINE_BYTES_MAX, "a workload and its status fit one reply");
 const _: () = assert!(IMAGES_SHOWN_MAX * (IMAGE_BYTES_MAX * 3 + 512) < LINE_BYTES_MAX, "what CollectImages tells fits one reply");

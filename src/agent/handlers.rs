@@ -400,14 +400,13 @@ fn exec_result(stdout: &[u8], stderr: &[u8], exit_code: i32) -> ExecResult {
 
 fn logs(agent: &Agent, request: &LogRequest, client: &mut Client<'_>) -> Result<(), Hangup> {
     let id = &request.id;
-    let Some(uid) = agent.registry.uid(id) else { return client.send(&not_found(agent, id)) };
+    let Some((uid, _)) = agent.registry.acceptance(id) else { return client.send(&not_found(agent, id)) };
     let mut reader = LogReader::new(agent.log_dir(id, &uid), request);
     let mut tail = request.tail.map(Tail::new);
     let mut quiet = Stopwatch::start();
     loop {
-        // Asked before reading: what was written before the end is then always read.
-        let state = agent.registry.status(id).map(|(state, _)| state);
-        let is_ended = state.is_none_or(State::is_terminal);
+        // Asked before reading: what was written before the end is then always read. What has the same id now may be another workload.
+        let is_ended = agent.registry.acceptance(id).is_none_or(|(present, state)| present != uid || state.is_terminal());
         let batch = match reader.read() {
             Ok(batch) => batch,
             Err(error) => {

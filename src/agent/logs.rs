@@ -5,8 +5,9 @@
 //! when nothing more will be written to it.
 //!
 //! Invariant: a record is handed on only when its newline was read, so that a record being written is never cut.
-//! Invariant: no record is handed on twice, and none is joined with what does not belong to it; where files were removed before they
-//! were read, the next line says so ([`LogLine::gap`]).
+//! Invariant: no record is handed on twice, and none is joined with what does not belong to it; where something was removed before it
+//! was read, or cannot be handed on, the next line says so ([`LogLine::gap`]), or [`LogReader::has_gap`] behind the last. A reader that
+//! had seen no file before the whole directory was removed is told nothing.
 
 pub mod files;
 
@@ -50,6 +51,8 @@ struct Present {
     head: Vec<u8>,
     /// Since its successor is there and it did not grow.
     quiet: Option<Stopwatch>,
+    /// It was seen under a number: then it is empty only if it was emptied.
+    is_numbered: bool,
     /// Nobody writes to it any more: the next time that it has nothing to read is its end.
     is_over: bool,
 }
@@ -130,6 +133,16 @@ impl LogReader {
         }
         // Looked at after reading: as it begins as before, what was read belongs to it.
         let head = head(&present.file)?;
+        if head.first() == Some(&0) && self.files.as_ref().is_some_and(|files| !files.is_at(&self.dir)) {
+            // The workload was deleted; `Files::wipe` says what its size tells.
+            let end = present.file.seek(SeekFrom::End(0))?;
+            let is_whole = std::mem::replace(&mut present.offset, end) == end;
+            present.head = head;
+            if !is_whole {
+                self.miss();
+            }
+            return Ok(false);
+        }
         if !head.starts_with(&present.head) {
             present.file.seek(SeekFrom::Start(0))?;
             (present.offset, present.head, present.quiet) = (0, Vec::new(), None);
@@ -157,8 +170,7 @@ impl LogReader {
     /// Goes on to the next file.
     fn enter(&mut self, next: Present, is_gap: bool, lines: &mut Vec<LogLine>) {
         let is_same_attempt = |present: &Present| present.name.attempt == next.name.attempt;
-        // A rotated file is never empty but when it was emptied.
-        let is_lost = |present: &Present| present.offset == 0 && is_same_attempt(present);
+        let is_lost = |present: &Present| present.offset == 0 && (present.is_numbered || is_same_attempt(present));
         if is_gap || self.present.as_ref().is_some_and(is_lost) {
             self.miss();
         } else if !self.present.as_ref().is_some_and(is_same_attempt) {
@@ -181,7 +193,7 @@ impl LogReader {
         let Some(files) = &self.files else { return Ok(Next::Nothing) };
         let mut is_last = false;
         for _ in 0..LOOKS_MAX {
-            let Some((name, _)) = first_after(files, &files.names()?, self.present.as_ref())? else {
+            let Some((name, _)) = first_after(files, &files.names()?, &mut self.present)? else {
                 if std::mem::replace(&mut is_last, true) {
                     return Ok(Next::Nothing);
                 }
@@ -189,19 +201,18 @@ impl LogReader {
             };
             let Some((file, identity)) = files.read(name)? else { continue };
             let names = files.names()?;
-            let name = match first_after(files, &names, self.present.as_ref())? {
+            let name = match first_after(files, &names, &mut self.present)? {
                 Some((name, seen)) if seen == identity => name,
                 Some(_) | None => continue,
             };
             if self.present.as_mut().is_some_and(|present| !present.is_settled(name)) {
                 return Ok(Next::Soon);
             }
-            let numbers = names.iter().filter(|n| n.attempt == name.attempt && !n.is_live()).map(|n| n.number);
             let before = self.present.as_ref().map(|p| p.name).filter(|p| p.attempt == name.attempt).map_or(0, |p| p.number);
-            // A live file gets the number behind the last that was given.
-            let number = if name.is_live() { numbers.chain([before]).max().unwrap_or(0) + 1 } else { name.number };
+            let is_numbered = !name.is_live();
+            let number = if is_numbered { name.number } else { files::next_name(&names, name.attempt).number.max(before + 1) };
             let name = Name { attempt: name.attempt, number };
-            let next = Present { name, file, identity, offset: 0, head: Vec::new(), quiet: None, is_over: false };
+            let next = Present { name, file, identity, offset: 0, head: Vec::new(), quiet: None, is_numbered, is_over: false };
             return Ok(Next::File(next, number != before + 1));
         }
         // Files come and go faster than one can look.
@@ -215,11 +226,16 @@ impl LogReader {
         for record in rest.split_inclusive(|b| *b == b'\n') {
             match record.strip_suffix(b"\n") {
                 Some(_) if self.is_skipping => self.is_skipping = false,
-                Some(record) => lines.extend(self.take_record(record)),
+                // No runtime that is set up as usual writes such a record; dropping it keeps memory bounded.
+                Some(record) if record.len() > limits::LOG_RECORD_BYTES_MAX => self.miss(),
+                Some(record) => {
+                    if self.take_record(record, &mut lines).is_none() {
+                        self.miss();
+                    }
+                }
                 None if self.is_skipping => {}
                 None if record.len() > limits::LOG_RECORD_BYTES_MAX => {
-                    // No runtime writes such a record; dropping it keeps memory bounded.
-                    log::warn!("a log record in {} is longer than {} bytes", self.dir.display(), limits::LOG_RECORD_BYTES_MAX);
+                    self.miss();
                     self.is_skipping = true;
                 }
                 None => self.rest = record.to_vec(),
@@ -228,10 +244,10 @@ impl LogReader {
         lines
     }
 
-    /// One record; `None` when it ends no line, or none that was asked for.
-    fn take_record(&mut self, record: &[u8]) -> Option<LogLine> {
+    /// One record, and the lines that are whole with it; `None` when it is none.
+    fn take_record(&mut self, record: &[u8], lines: &mut Vec<LogLine>) -> Option<()> {
         let mut parts = record.splitn(4, |b| *b == b' ');
-        let time = std::str::from_utf8(parts.next()?).ok()?;
+        let time = std::str::from_utf8(parts.next()?).ok().filter(|time| time.len() <= limits::LOG_TIME_BYTES_MAX)?;
         let stream = LogStream::parse(std::str::from_utf8(parts.next()?).ok()?)?;
         let tags = parts.next()?;
         let text = parts.next().unwrap_or_default();
@@ -241,11 +257,13 @@ impl LogReader {
             time.clone_into(&mut partial.time);
         }
         partial.text.extend_from_slice(text);
-        if is_partial && partial.text.len() < limits::LOG_LINE_BYTES_MAX {
-            return None;
-        }
-        let whole = std::mem::take(partial);
-        self.select(stream, whole)
+        let piece = (partial.text.len() > limits::LOG_LINE_BYTES_MAX).then(|| {
+            let rest = partial.text.split_off(whole_characters(&partial.text, limits::LOG_LINE_BYTES_MAX));
+            std::mem::replace(partial, Partial { time: time.to_owned(), text: rest })
+        });
+        let last = (!is_partial).then(|| std::mem::take(partial));
+        lines.extend(piece.into_iter().chain(last).filter_map(|whole| self.select(stream, whole)));
+        Some(())
     }
 
     fn select(&mut self, stream: LogStream, Partial { time, text }: Partial) -> Option<LogLine> {
@@ -281,14 +299,24 @@ fn is_old(file: &File) -> bool {
 }
 
 /// The first file behind the one being read, but for that one itself, which may still have its first name.
-fn first_after(files: &Files, names: &[Name], present: Option<&Present>) -> io::Result<Option<(Name, Identity)>> {
-    for name in names.iter().filter(|name| present.is_none_or(|present| **name > present.name)) {
+fn first_after(files: &Files, names: &[Name], present: &mut Option<Present>) -> io::Result<Option<(Name, Identity)>> {
+    let from = present.as_ref().map(|present| present.name);
+    for name in names.iter().filter(|name| from.is_none_or(|from| **name > from)) {
         let Some(facts) = files.facts(*name)? else { continue };
-        if present.is_none_or(|present| present.identity != facts.identity) {
-            return Ok(Some((*name, facts.identity)));
+        match present {
+            Some(present) if present.identity == facts.identity && name.is_live() => {}
+            // What shows that something is missing may have the number that was to be its own.
+            Some(present) if present.identity == facts.identity => (present.name, present.is_numbered) = (*name, true),
+            Some(_) | None => return Ok(Some((*name, facts.identity))),
         }
     }
     Ok(None)
+}
+
+/// How much of a text fits, without cutting its last character (RFC 3629, section 3).
+fn whole_characters(text: &[u8], bytes_max: usize) -> usize {
+    let is_inside = |at: &usize| text.get(*at).is_some_and(|b| b & 0xc0 == 0x80);
+    (bytes_max.saturating_sub(3)..=bytes_max).rev().find(|at| !is_inside(at)).unwrap_or(bytes_max)
 }
 
 /// How a file begins. The time in its first record makes that unlike any other beginning of the same file.
@@ -340,13 +368,17 @@ impl Tail {
         Self { keep: usize::try_from(lines).unwrap_or(usize::MAX), lines: VecDeque::new(), bytes: 0 }
     }
 
-    /// Adds lines at the end. Whoever asks for more than fits gets the end of it, as with any tail.
+    /// Adds lines at the end. Whoever asks for more than fits gets the end of it, and hears that it is not all.
     pub fn push(&mut self, lines: Vec<LogLine>) {
         for line in lines {
             self.bytes += cost(&line);
             self.lines.push_back(line);
-            while self.lines.len() > self.keep || self.bytes > TAIL_BYTES_MAX {
+            while self.lines.len() > self.keep || self.bytes > limits::LOG_TAIL_BYTES_MAX {
+                let is_wanted = self.lines.len() <= self.keep;
                 self.bytes -= self.lines.pop_front().map_or(self.bytes, |line| cost(&line));
+                if let Some(first) = self.lines.front_mut() {
+                    first.gap |= is_wanted;
+                }
             }
         }
     }
@@ -367,8 +399,6 @@ const CHUNK_BYTES: usize = 64 * 1024;
 const HEAD_BYTES: usize = 64;
 /// How often a list that changes is read again, before the client is looked at.
 const LOOKS_MAX: usize = 4;
-/// What `tail` may hold in memory.
-const TAIL_BYTES_MAX: usize = 8 << 20;
 
 /// RFC 3339 with an offset, as runtimes write it (containerd: local time). `None` when it is something else.
 fn parse_time(text: &str) -> Option<Timestamp> {

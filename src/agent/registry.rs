@@ -532,6 +532,13 @@ impl Registry {
         self.lock().entries.get(id).map(|entry| Arc::clone(&entry.uid))
     }
 
+    /// Which acceptance of a workload is here, and its state, as may be told; `None` when there is none.
+    pub fn acceptance(&self, id: &WorkloadId) -> Option<(Arc<str>, State)> {
+        let inner = self.lock();
+        let entry = inner.entries.get(id).filter(|entry| entry.is_visible())?;
+        Some((Arc::clone(&entry.uid), entry.view().0))
+    }
+
     /// A workload, if this acceptance of it is here.
     pub fn workload(&self, id: &WorkloadId, uid: &str) -> Option<Workload> {
         self.lock().entries.get(id).filter(|entry| *entry.uid == *uid).map(|entry| (*entry.workload).clone())

@@ -27,7 +27,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::Agent;
-use super::logs::files::{Files, Name, keystone, space};
+use super::logs::files::{self, Files, Name, space};
 use super::registry::Known;
 use super::work;
 use crate::config::LogLimits;
@@ -156,8 +156,8 @@ impl Track {
     /// What it writes to, if it has not written since the last look: most have not, and then one look at one file is enough.
     fn unchanged(&self, dir: &Path) -> Option<(Name, u64)> {
         let (name, bytes, _) = self.last.as_ref().filter(|(name, ..)| name.is_live())?;
-        let is_same = fs::symlink_metadata(dir.join(name.to_string())).is_ok_and(|metadata| metadata.len() == *bytes);
-        is_same.then_some((*name, *bytes))
+        let facts = Files::open(dir).ok().flatten().and_then(|files| files.facts(*name).ok().flatten());
+        facts.filter(|facts| facts.bytes == *bytes).map(|facts| (*name, facts.bytes))
     }
 
     /// Notes what is in the file it writes to, and how fast that grew.
@@ -279,8 +279,9 @@ impl Keeper<'_> {
             room = if is_reopened { file_bytes } else { workload_bytes.saturating_sub(bytes) };
             if !is_reopened && room == 0 {
                 // It goes on writing there whether the runtime answers or not.
-                let emptied = files.empty(names.last().copied().unwrap_or(last))?;
+                let emptied = files.start_over()?;
                 self.note(Dropped { files: 1, bytes: emptied });
+                names = files.names()?;
             }
             let newest = names.last().copied().unwrap_or(last);
             bytes = files.facts(newest)?.map_or(0, |facts| facts.bytes);
@@ -300,10 +301,8 @@ impl Keeper<'_> {
             return Ok(false);
         }
         if last.is_live() {
-            let of_attempt = names.iter().filter(|name| name.attempt == last.attempt && !name.is_live());
-            let number = of_attempt.map(|name| name.number).max().unwrap_or(0) + 1;
             failpoint::pass("agent-log-rename-before");
-            files.rename(*last, Name { attempt: last.attempt, number })?;
+            files.rename(*last, files::next_name(names, last.attempt))?;
             failpoint::pass("agent-log-rename-after");
         }
         match endpoint.client.reopen_container_log(container_id, Deadline::within_ms(limits::LOG_REOPEN_MS_MAX, "log rotation")) {
@@ -394,25 +393,24 @@ fn sizes(files: &Files, names: &[Name], known: &BTreeMap<Name, u64>) -> io::Resu
     Ok(sizes)
 }
 
-/// Removes the oldest files until no more than `count` are left, and beside the newest no more than `bytes_max`.
+/// Gives the oldest files up until no more than `count` are left, and beside the newest no more than `bytes_max`.
 fn prune(files: &Files, sizes: &mut BTreeMap<Name, u64>, count: u64, bytes_max: u64) -> io::Result<()> {
-    let names: Vec<Name> = sizes.keys().copied().collect();
-    let keystone = keystone(&names);
-    let Some((_, old)) = names.split_last() else { return Ok(()) };
-    for name in old {
-        let beside = || old.iter().filter(|name| sizes.get(name).is_some_and(|bytes| *bytes > 0 || Some(**name) != keystone));
-        let rotated = beside().filter(|name| !name.is_live()).count() as u64;
-        let bytes: u64 = beside().filter_map(|name| sizes.get(name)).sum();
-        if rotated < count && bytes <= bytes_max && beside().count() <= limits::LOG_OLD_FILES_MAX {
-            return Ok(());
-        }
-        if Some(*name) == keystone {
-            files.empty(*name)?;
-            sizes.insert(*name, 0);
-        } else {
-            files.remove(*name)?;
-            sizes.remove(name);
-        }
+    let newest = sizes.keys().last().copied();
+    // What is empty and has a number shows that something is missing; it goes with what comes behind it.
+    let is_held = |(name, bytes): &(&Name, &u64)| Some(**name) != newest && (name.is_live() || **bytes > 0);
+    let old: Vec<(Name, u64)> = sizes.iter().filter(is_held).map(|(name, bytes)| (*name, *bytes)).collect();
+    let is_enough = |left: &[(Name, u64)]| {
+        let rotated = left.iter().filter(|(name, _)| !name.is_live()).count() as u64;
+        let bytes: u64 = left.iter().map(|(_, bytes)| bytes).sum();
+        rotated < count && bytes <= bytes_max && left.len() <= limits::LOG_OLD_FILES_MAX
+    };
+    let kept = (0..old.len()).find(|i| old.get(*i..).is_some_and(is_enough)).unwrap_or(old.len());
+    for (name, _) in old.iter().take(kept) {
+        files.give_up(*name)?;
+        sizes.remove(name);
+    }
+    if kept > 0 {
+        *sizes = self::sizes(files, &files.names()?, sizes)?;
     }
     Ok(())
 }
@@ -420,22 +418,21 @@ fn prune(files: &Files, sizes: &mut BTreeMap<Name, u64>, count: u64, bytes_max: 
 /// Drops rotated files of all workloads, the oldest first, and then empties what was last written to, the largest first, until so many
 /// bytes are free. Looks at the disk, not at what is known: with no space left, an agent may not know what runs here.
 fn shed(logs: &Path, mark: &str, need: u64) -> Dropped {
-    let mut old: Vec<((i64, i64), Name, PathBuf, bool)> = Vec::new();
-    let mut last: Vec<(u64, Name, PathBuf)> = Vec::new();
+    let mut old: Vec<((i64, i64), Name, PathBuf)> = Vec::new();
+    let mut last: Vec<(u64, PathBuf)> = Vec::new();
     for dir in fs::read_dir(logs).into_iter().flatten().flatten().map(|entry| entry.path()) {
         // What cannot be read cannot be dropped; the others can.
         let Ok(Some(files)) = ours(&dir, mark) else { continue };
         let Ok(names) = files.names() else { continue };
-        let keystone = keystone(&names);
         let mut written = (i64::MIN, 0);
         for (i, name) in names.iter().enumerate() {
             let Ok(Some(facts)) = files.facts(*name) else { continue };
             // A clock that was set back does not make a file older than the one before it.
             written = written.max(facts.written);
             if i + 1 == names.len() {
-                last.push((facts.bytes, *name, dir.clone()));
-            } else {
-                old.push((written, *name, dir.clone(), Some(*name) == keystone));
+                last.push((facts.bytes, dir.clone()));
+            } else if facts.bytes > 0 {
+                old.push((written, *name, dir.clone()));
             }
         }
     }
@@ -452,11 +449,11 @@ fn shed(logs: &Path, mark: &str, need: u64) -> Dropped {
             dropped = dropped.and(Dropped { files: u64::from(freed > 0), bytes: freed });
         }
     };
-    for (_, name, dir, is_keystone) in &old {
-        drop_one(dir, &|files| if *is_keystone { files.empty(*name) } else { files.remove(*name) });
+    for (_, name, dir) in &old {
+        drop_one(dir, &|files| files.give_up(*name));
     }
-    for (_, name, dir) in last.iter().filter(|(bytes, ..)| *bytes > limits::LOG_SPARE_BYTES) {
-        drop_one(dir, &|files| files.empty(*name));
+    for (_, dir) in last.iter().filter(|(bytes, _)| *bytes > limits::LOG_SPARE_BYTES) {
+        drop_one(dir, &Files::start_over);
     }
     dropped
 }
@@ -513,8 +510,9 @@ mod tests {
         check(&[("0.log.9", 0), ("0.log", 3)], 1, 0, "0.log.9=0 0.log=3");
         // The ends of earlier attempts are small, and kept as long as bytes allow.
         check(&[("0.log", 1), ("1.log", 1), ("2.log.1", 9), ("2.log", 3)], 2, 11, "0.log=1 1.log=1 2.log.1=9 2.log=3");
-        check(&[("0.log", 1), ("1.log", 1), ("2.log.1", 9), ("2.log", 3)], 2, 10, "1.log=1 2.log.1=9 2.log=3");
-        check(&[("0.log.4", 1), ("0.log", 1), ("1.log", 1)], 1, 9, "0.log=1 1.log=1");
+        check(&[("0.log", 1), ("1.log", 1), ("2.log.1", 9), ("2.log", 3)], 2, 10, "0.log.1=0 1.log=1 2.log.1=9 2.log=3");
+        check(&[("0.log", 1), ("1.log", 1), ("2.log.1", 9), ("2.log", 3)], 2, 9, "1.log.1=0 2.log.1=9 2.log=3");
+        check(&[("0.log.4", 1), ("0.log", 1), ("1.log", 1)], 1, 9, "0.log.4=0 0.log=1 1.log=1");
         // Without a live file the newest is what is written to.
         check(&[("0.log.4", 9), ("0.log.5", 9)], 1, 0, "0.log.5=9");
         check(&[("0.log", 9)], 1, 0, "0.log=9");
@@ -529,8 +527,9 @@ mod tests {
         let opened = ours(&dir.0, MARK).expect("opened").expect("there");
         let mut known = sizes(&opened, &opened.names().expect("listed"), &BTreeMap::new()).expect("measured");
         prune(&opened, &mut known, 5, 1000).expect("pruned");
-        assert_eq!(known.len(), limits::LOG_OLD_FILES_MAX + 1);
-        assert!(known.contains_key(&Name::live(99)) && !known.contains_key(&Name::live(0)));
+        // One more shows that others are missing.
+        assert_eq!(known.len(), limits::LOG_OLD_FILES_MAX + 2);
+        assert!(known.contains_key(&Name::live(99)) && known.keys().next() == Some(&Name { attempt: 34, number: 1 }), "{known:?}");
     }
 
     #[test]

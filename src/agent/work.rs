@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use super::Agent;
 use super::images;
+use super::logs::files::Files;
 use super::node;
 use super::registry::{CheckUp, Chore, EndStep, EndTicket, StartTicket};
 use crate::cri::images::Image;
@@ -234,8 +235,8 @@ fn make_log_dir(agent: &Agent, dir: &Path) -> io::Result<()> {
     fs::rename(&hidden, dir)
 }
 
-/// Removes a log directory, if it is ours; gone already is done. Its mark goes last, and under a name that only we give: whoever is
-/// killed in the middle leaves something that is known for ours.
+/// Removes a log directory, if it is ours; gone already is done. It loses its name first, so that a reader knows what it sees. Its mark
+/// goes last, and under a name that only we give: whoever is killed in the middle leaves something that is known for ours.
 fn remove_log_dir(agent: &Agent, dir: &Path) -> io::Result<()> {
     let mark = mark(agent);
     let is_hidden = dir.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'));
@@ -247,16 +248,19 @@ fn remove_log_dir(agent: &Agent, dir: &Path) -> io::Result<()> {
     if !dir.join(&mark).exists() {
         return Ok(());
     }
-    for entry in fs::read_dir(dir)? {
+    let last = if is_hidden { dir.to_owned() } else { hidden(dir) };
+    if !is_hidden {
+        fs::rename(dir, &last)?;
+    }
+    if let Some(files) = Files::open(&last)? {
+        files.wipe();
+    }
+    for entry in fs::read_dir(&last)? {
         let entry = entry?;
         if entry.file_name() == *mark {
             continue;
         }
         if entry.file_type()?.is_dir() { gone(fs::remove_dir_all(entry.path()))? } else { gone(fs::remove_file(entry.path()))? }
-    }
-    let last = if is_hidden { dir.to_owned() } else { hidden(dir) };
-    if !is_hidden {
-        fs::rename(dir, &last)?;
     }
     fs::remove_dir_all(last)
 }

@@ -15,8 +15,8 @@
 //! - `Watch` with `since` begins with every event since that revision, or is refused with `NotFound` when they are not kept any more.
 //! - `Watch` begins with `ADDED` for everything there is, and a `Heartbeat` that ends the list.
 //! - `GetLogs` refuses with its first line, or ends with `LogEnd`; with `follow` there may be `Heartbeat`s between. A `Log` with
-//!   `"gap":true` says that output before it was removed and could not be read (it may be the end of a line that was cut by that); a
-//!   `LogEnd`, after the last line.
+//!   `"gap":true` says that output before it is missing: it was removed before it was read, is more than `tail` holds, or no record
+//!   (the line may be the end of one that was cut by that); a `LogEnd`, that output after the last line is.
 //! - `CollectImages` answers `Images` when it is done, with what it removed, or with `dry_run` what it would have; `Unavailable` while
 //!   the agent itself is at it.
 
@@ -541,7 +541,7 @@ pub struct LogLine {
     pub time: String,
     /// The line; bytes that are not UTF-8 are replaced.
     pub line: String,
-    /// Output before it is missing: it was removed for want of space, or to keep the log within its bounds.
+    /// Output before it is missing: it was removed for want of space or with its workload, or is beyond a bound.
     #[serde(default, skip_serializing_if = "is_false")]
     pub gap: bool,
 }

@@ -11,8 +11,9 @@ use kakuri::workload::State;
 use serde_json::{Value, json};
 
 use crate::harness::agent::read_logs;
+use crate::harness::daemon::{CLI, command};
 use crate::harness::place::with;
-use crate::harness::{Agent, Line, Place, brief, eventually, until};
+use crate::harness::{Agent, Line, Place, Plane, brief, eventually, until};
 
 scenarios! {
     every_line_is_read_once_across_rotations
@@ -233,7 +234,9 @@ fn a_runtime_that_opens_no_file_anew_is_asked_again() {
     until("it was asked", || place.count("ReopenContainerLog") > 0);
     until("it was asked again", || place.count("ReopenContainerLog") > 1);
     let found = files(&dir, "wl-1");
-    assert_eq!(found.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), ["0.log.1"], "the runtime goes on there");
+    // The second number where the first look at it emptied it: the hole tells later readers.
+    let found: Vec<&str> = found.iter().map(|(name, _)| name.as_str()).collect();
+    assert!(found == ["0.log.1"] || found == ["0.log.2"], "the runtime goes on there: {found:?}");
     until("all has been written", || agent.logs(json!({"id": "wl-1", "tail": 1})).first().is_some_and(|line| line.line == "1000000"));
     // It cannot be rotated, and is emptied instead: the bound holds.
     until("the log is small", || bytes(&files(&dir, "wl-1")) <= 4 * (16 << 10));
@@ -241,6 +244,88 @@ fn a_runtime_that_opens_no_file_anew_is_asked_again() {
     until("the runtime opened a new file", || files(&dir, "wl-1").iter().any(|(name, _)| name == "0.log"));
     assert_order(&mut follower, |_| {});
     assert_eq!(agent.status("wl-1").0, State::Running);
+}
+
+/// The directory of a workload's log.
+#[track_caller]
+fn log_dir(place: &Place, id: &str) -> PathBuf {
+    let dirs = fs::read_dir(place.dir.join("agent/logs")).expect("there").flatten().map(|entry| entry.path());
+    dirs.into_iter().find(|dir| dir.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&format!("{id}.")))).expect("a log")
+}
+
+/// Reads on to the end of the log; whether something is missing before that.
+#[track_caller]
+fn read_to_end(follower: &mut Line) -> bool {
+    let mut quiet = 0;
+    while quiet < 4 {
+        match follower.reply_or_heartbeat() {
+            Reply::Heartbeat { .. } => quiet += 1,
+            Reply::Log(_) => quiet = 0,
+            Reply::LogEnd { gap, .. } => return gap,
+            other => panic!("{}", brief(&other)),
+        }
+    }
+    panic!("no end for the time of four heartbeats");
+}
+
+#[test]
+fn a_slow_follower_of_what_was_deleted_does_not_go_on_with_the_next_of_its_name() {
+    let place = Place::sim(&[]);
+    // A Unix socket takes little before its reader is waited for.
+    let agent = place.agent(&["--listen", &format!("unix://{}", place.dir.join("agent.sock").display())]);
+    agent.run(&count(&place, "wl-1", "spam 6000000; sleep 1000"));
+    until("it wrote", || bytes(&files(&place.dir.join("agent"), "wl-1")) > 6_000_000);
+    let mut follower = follow(&agent, "wl-1", json!({}));
+    next_line(&mut follower);
+    agent.delete("wl-1");
+    agent.run(&count(&place, "wl-1", "echo other; sleep 1000"));
+    assert!(read_to_end(&mut follower), "nobody says that something is missing");
+    assert_eq!(agent.status("wl-1").0, State::Running);
+}
+
+#[test]
+fn a_follower_that_read_all_misses_nothing_when_it_is_deleted() {
+    let place = Place::sim(&[]);
+    let agent = place.agent(&[]);
+    // Between two attempts nothing tells it of the end before it is gone.
+    let slow = json!({"restart_policy": "always", "restart_backoff_ms": 3_600_000, "restart_backoff_max_ms": 3_600_000});
+    agent.start_workload(&with(place.workload("wl-1", &["sh", "-c", "echo hello; exit 1"]), slow));
+    let mut follower = follow(&agent, "wl-1", json!({}));
+    assert_eq!(next_line(&mut follower).line, "hello");
+    until("it waits", || agent.status("wl-1").0 == State::Pending);
+    agent.delete("wl-1");
+    assert!(!read_to_end(&mut follower), "nothing is missing");
+}
+
+#[test]
+fn the_longest_line_comes_whole_and_a_longer_one_in_pieces() {
+    const TIME: &str = "2026-01-01T00:00:00.000000001Z";
+    let place = Place::sim(&[]);
+    let agent = place.agent(&[]);
+    let plane = Plane::start(&place, &[&agent], &[]);
+    plane.run(&with(place.workload("wl-1", &["sleep", "1000"]), json!({"stop_grace_ms": 0})));
+    // What takes most room in JSON.
+    let longest = "\u{1}".repeat(kakuri::limits::LOG_LINE_BYTES_MAX);
+    let records = |text: &str, end: char| format!("{TIME} stdout {end} {text}\n");
+    let quarter = longest.split_at(longest.len() / 4).0;
+    let all_but_one = quarter.split_at(quarter.len() - 1).0;
+    let parts = records(quarter, 'P').repeat(3);
+    let written = format!("{parts}{}{parts}{}{}", records(quarter, 'F'), records(quarter, 'P'), records("\u{1}", 'F'))
+        + &format!("{parts}{}", records(all_but_one, 'F'));
+    fs::write(log_dir(&place, "wl-1").join("0.log"), written).expect("written");
+    let expect = [longest.as_str(), &longest, "\u{1}", longest.split_at(longest.len() - 1).0];
+    let lines = agent.logs(json!({"id": "wl-1"}));
+    assert_eq!(lines.iter().map(|line| line.line.len()).collect::<Vec<_>>(), expect.map(str::len));
+    assert!(lines.iter().zip(expect).all(|(line, expect)| line.line == expect && !line.gap));
+    let body = plane.get("/workloads/wl-1/logs");
+    assert!(body.status == 200 && body.text() == expect.map(|line| format!("{line}\n")).concat());
+    // A record that no runtime writes is left out, and that is said: by HTTP and by the command line with a line of its own.
+    let endless = records(&"x".repeat(kakuri::limits::LOG_RECORD_BYTES_MAX), 'F');
+    fs::write(log_dir(&place, "wl-1").join("0.log"), endless.clone() + &records("behind", 'F') + &endless).expect("written");
+    let expect = "[kakuri: output is missing here]\nbehind\n[kakuri: output is missing here]\n";
+    assert_eq!(plane.get("/workloads/wl-1/logs").text(), expect);
+    let said = command(CLI).env("KAKURI_ADDR", plane.url()).args(["logs", "wl-1"]).output().expect("runs");
+    assert_eq!(String::from_utf8_lossy(&said.stdout), expect);
 }
 
 #[test]

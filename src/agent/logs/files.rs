@@ -6,8 +6,8 @@
 //! Everything goes through the directory's descriptor, so that a path cannot be changed under us.
 //!
 //! Invariant: no link is followed, and nothing but a plain file is opened, emptied or measured.
-//! Invariant: the newest `A.log.N` of the newest attempt may be emptied, never removed. So its number is never given a second time,
-//! and a reader sees by the numbers whether something between two files is missing.
+//! Invariant: no number of an attempt is given a second time; what shows a reader that output is missing is a hole in the numbers, or
+//! an empty file that has one. So the newest `A.log.N` may be emptied, and is removed only when one behind it shows the same.
 
 use std::fmt;
 use std::fs::File;
@@ -16,7 +16,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, openat, renameat, statat, unlinkat};
+use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, fstat, openat, renameat, statat, unlinkat};
 use rustix::io::Errno;
 
 use crate::limits;
@@ -60,10 +60,10 @@ impl fmt::Display for Name {
     }
 }
 
-/// The newest rotated file among sorted names, if it is of the newest attempt: the one that is never removed.
-pub fn keystone(names: &[Name]) -> Option<Name> {
-    let newest = names.last()?.attempt;
-    names.iter().rev().find(|name| !name.is_live()).copied().filter(|name| name.attempt == newest)
+/// The name that what the runtime writes of an attempt gets when it is renamed.
+pub fn next_name(names: &[Name], attempt: u32) -> Name {
+    let numbers = names.iter().filter(|name| name.attempt == attempt && !name.is_live()).map(|name| name.number);
+    Name { attempt, number: numbers.max().unwrap_or(0) + 1 }
 }
 
 /// What the file system says of a file.
@@ -93,6 +93,13 @@ impl Files {
     pub fn open(path: &Path) -> io::Result<Option<Self>> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         present(openat(CWD, path, flags, Mode::empty())).map(|dir| dir.map(Self))
+    }
+
+    /// Whether this is its path, still.
+    pub fn is_at(&self, path: &Path) -> bool {
+        let this = fstat(&self.0).map(|stat| (stat.st_dev, stat.st_ino));
+        let there = statat(CWD, path, AtFlags::SYMLINK_NOFOLLOW).map(|stat| (stat.st_dev, stat.st_ino));
+        this.is_ok() && this == there
     }
 
     /// Whether it has an entry of this name, be it what it may.
@@ -176,6 +183,85 @@ impl Files {
         Ok(bytes)
     }
 
+    /// Gives up a file that is not written to any more, and those before it, which were given up already; leaves what shows that they
+    /// are missing. Returns how much it held.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn give_up(&self, name: Name) -> io::Result<u64> {
+        let names = self.names()?;
+        let next = names.iter().find(|other| **other > name);
+        // Behind it the numbers have a hole.
+        let is_shown = next.is_some_and(|next| next.attempt == name.attempt && !next.is_live());
+        // Who misses an end of an attempt that is empty misses nothing.
+        let is_nothing = || Ok::<_, io::Error>(name.is_live() && self.facts(name)?.is_none_or(|facts| facts.bytes == 0));
+        if is_shown || is_nothing()? {
+            return self.remove(name);
+        }
+        let shown = if name.is_live() { next_name(&names, name.attempt) } else { name };
+        if name.is_live() {
+            self.rename(name, shown)?;
+        }
+        let bytes = self.empty(shown)?;
+        for older in names.iter().filter(|older| **older < name) {
+            self.remove(*older)?;
+        }
+        Ok(bytes)
+    }
+
+    /// Empties what is written to, which goes on behind that; leaves what shows that there was more. Returns how much it held.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn start_over(&self) -> io::Result<u64> {
+        let names = self.names()?;
+        let Some((last, before)) = names.split_last() else { return Ok(0) };
+        if self.facts(*last)?.is_none_or(|facts| facts.bytes == 0) {
+            return Ok(0);
+        }
+        let before = before.last().filter(|before| before.attempt == last.attempt);
+        let is_before_empty = before.map(|before| self.facts(*before)).transpose()?.flatten().is_some_and(|facts| facts.bytes == 0);
+        if !last.is_live() {
+            let has_hole = last.number != before.map_or(0, |before| before.number) + 1;
+            if has_hole || is_before_empty {
+                return self.empty(*last);
+            }
+            let later = Name { number: last.number + 1, ..*last };
+            self.rename(*last, later)?;
+            return self.empty(later);
+        }
+        if is_before_empty {
+            return self.empty(*last);
+        }
+        let shown = next_name(&names, last.attempt);
+        let made = self.make(shown);
+        let bytes = self.empty(*last)?;
+        // What is full of this very file may have room for a name only now.
+        if let Err(error) = made.or_else(|_| self.make(shown)) {
+            log::warn!("{last} was emptied, and nothing shows it: {error}");
+        }
+        Ok(bytes)
+    }
+
+    /// Gives the space of all files back before they are removed for good. To a reader that has one open its size tells whether all of
+    /// it was read, and of its successors: the last keeps its size, and any other grows by one.
+    pub fn wipe(&self) {
+        // What cannot be wiped is removed all the same; only a reader holds its space for a while.
+        let names = self.names().unwrap_or_default();
+        for name in &names {
+            let Ok(Some((file, _))) = self.open_file(*name, OFlags::WRONLY) else { continue };
+            let bytes = file.metadata().map_or(0, |metadata| metadata.len());
+            let bytes = if Some(name) == names.last() { bytes } else { bytes.saturating_add(1) };
+            let _ = file.set_len(0).and_then(|()| file.set_len(bytes)); // The same.
+        }
+    }
+
+    fn make(&self, name: Name) -> io::Result<()> {
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        openat(&self.0, name.to_string(), flags, Mode::RUSR | Mode::WUSR)?;
+        Ok(())
+    }
+
     fn open_file(&self, name: Name, access: OFlags) -> io::Result<Option<(File, Identity)>> {
         // Without NONBLOCK, opening a pipe would wait for its other end.
         let flags = access | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
@@ -231,17 +317,60 @@ mod tests {
         assert!(order.is_sorted());
     }
 
+    fn filled(name: &str, entries: &[(&str, usize)]) -> (Dir, Files) {
+        let dir = Dir::new(name);
+        for (name, bytes) in entries {
+            dir.append(name, &"x".repeat(*bytes));
+        }
+        let files = Files::open(&dir.0).expect("opened").expect("there");
+        (dir, files)
+    }
+
+    fn listed(files: &Files) -> String {
+        let size = |name: &Name| format!("{name}={}", files.facts(*name).expect("measured").expect("there").bytes);
+        files.names().expect("listed").iter().map(size).collect::<Vec<_>>().join(" ")
+    }
+
     #[test]
-    fn the_newest_number_is_the_keystone() {
-        let check = |names: &[&str], expect: Option<&str>| {
-            let names: Vec<Name> = names.iter().map(|text| Name::parse(text).expect("a name")).collect();
-            assert_eq!(keystone(&names).map(|name| name.to_string()).as_deref(), expect);
+    fn what_is_given_up_leaves_a_trace() {
+        let check = |entries: &[(&str, usize)], name: &str, expect: &str| {
+            let (_dir, files) = filled("trace", entries);
+            files.give_up(Name::parse(name).expect("a name")).expect("given up");
+            assert_eq!(listed(&files), expect, "{name} of {entries:?}");
         };
-        check(&[], None);
-        check(&["0.log"], None);
-        check(&["0.log.1", "0.log.2", "0.log"], Some("0.log.2"));
-        check(&["0.log.1", "0.log.2"], Some("0.log.2"));
-        check(&["0.log.1", "0.log", "1.log"], None);
+        // A hole in the numbers; where there is none, an empty file with a number.
+        check(&[("0.log.1", 1), ("0.log.2", 2), ("0.log", 3)], "0.log.1", "0.log.2=2 0.log=3");
+        check(&[("0.log.2", 2), ("0.log", 3)], "0.log.2", "0.log.2=0 0.log=3");
+        check(&[("0.log.2", 0), ("0.log.3", 2), ("0.log", 3)], "0.log.3", "0.log.3=0 0.log=3");
+        // That of an attempt stands for those before it.
+        check(&[("0.log", 1), ("1.log", 3)], "0.log", "0.log.1=0 1.log=3");
+        check(&[("0.log.4", 0), ("0.log", 1), ("1.log", 3)], "0.log", "0.log.5=0 1.log=3");
+        check(&[("0.log.1", 0), ("1.log", 1), ("2.log", 3)], "1.log", "1.log.1=0 2.log=3");
+        // Nothing was in it.
+        check(&[("0.log.4", 0), ("1.log", 0), ("2.log", 3)], "1.log", "0.log.4=0 2.log=3");
+        check(&[("0.log", 0), ("1.log", 3)], "0.log", "1.log=3");
+        check(&[("1.log", 3)], "0.log", "1.log=3");
+    }
+
+    #[test]
+    fn what_is_emptied_while_it_is_written_to_leaves_a_trace() {
+        let check = |entries: &[(&str, usize)], expect: &str| {
+            let (_dir, files) = filled("over", entries);
+            assert_eq!(files.start_over().expect("emptied"), entries.last().map_or(0, |(_, bytes)| *bytes as u64));
+            assert_eq!(listed(&files), expect, "{entries:?}");
+        };
+        check(&[("0.log", 3)], "0.log.1=0 0.log=0");
+        check(&[("0.log", 0)], "0.log=0");
+        check(&[("0.log.1", 1), ("0.log", 3)], "0.log.1=1 0.log.2=0 0.log=0");
+        check(&[("0.log.1", 0), ("0.log", 3)], "0.log.1=0 0.log=0");
+        check(&[("0.log.1", 0), ("1.log", 3)], "0.log.1=0 1.log.1=0 1.log=0");
+        // The runtime did not open a new one.
+        check(&[("0.log.1", 3)], "0.log.2=0");
+        check(&[("0.log.2", 3)], "0.log.2=0");
+        check(&[("0.log.1", 1), ("0.log.2", 3)], "0.log.1=1 0.log.3=0");
+        check(&[("0.log.1", 0), ("0.log.2", 3)], "0.log.1=0 0.log.2=0");
+        check(&[("0.log", 1), ("1.log.1", 3)], "0.log=1 1.log.2=0");
+        check(&[], "");
     }
 
     #[test]

@@ -1,6 +1,7 @@
 use std::fs;
 
 use super::*;
+use crate::wire::agent::Reply;
 use crate::workload::WorkloadId;
 
 fn request(since: Option<&str>, stream: Option<LogStream>) -> LogRequest {
@@ -216,7 +217,7 @@ fn a_record_that_never_ends_is_passed_over() {
     dir.append("0.log", &format!("{TIME} stdout F {}", "x".repeat(3 * limits::LOG_RECORD_BYTES_MAX)));
     dir.append("0.log", &format!("{TIME} stdout F {TIME} stdout F forged\n{TIME} stdout F next\n"));
     let mut reader = LogReader::new(dir.0.clone(), &request(None, None));
-    assert_eq!(drain(&mut reader), "next");
+    assert_eq!(drain(&mut reader), "!next");
 }
 
 #[test]
@@ -254,4 +255,181 @@ fn times_have_offsets() {
     assert_eq!(parse_time("2026-01-01T02:00:00+02:00"), utc);
     assert_eq!(parse_time("2025-12-31T18:30:00-05:30"), utc);
     assert_eq!(parse_time("now"), None);
+}
+
+#[test]
+fn a_later_reader_hears_of_what_was_dropped_before_it_came() {
+    let check = |name: &str, files: &[&str], act: &dyn Fn(&Files) -> io::Result<u64>, more: &str, expect: &str| {
+        let dir = Dir::new(name);
+        for (n, file) in (0..).zip(files) {
+            dir.append(file, &records(n..n + 1));
+        }
+        let opened = Files::open(&dir.0).expect("opened").expect("there");
+        act(&opened).expect("dropped");
+        dir.append(more, &records(7..8));
+        let mut reader = LogReader::new(dir.0.clone(), &request(None, None));
+        assert_eq!(drain(&mut reader), expect, "{name}");
+    };
+    check("over", &["0.log"], &Files::start_over, "0.log", "!7");
+    check("over-again", &["0.log.1", "0.log"], &Files::start_over, "0.log", "0 !7");
+    check("over-numbered", &["0.log.1"], &Files::start_over, "0.log.2", "!7");
+    check("over-hanging", &["0.log.1", "0.log.2"], &Files::start_over, "0.log.3", "0 !7");
+    let attempts = |files: &Files| files.give_up(Name::live(0)).and_then(|_| files.give_up(Name::live(1)));
+    check("attempts", &["0.log", "1.log", "2.log"], &attempts, "2.log", "!2 7");
+    let rotated = |files: &Files| files.give_up(Name { attempt: 0, number: 1 });
+    check("end", &["0.log.1", "0.log", "1.log"], &rotated, "1.log", "!1 2 7");
+    // An attempt that wrote nothing is no gap.
+    let dir = Dir::new("silent");
+    dir.append("0.log", "");
+    dir.append("1.log", &records(0..1));
+    assert_eq!(drain(&mut LogReader::new(dir.0.clone(), &request(None, None))), "0");
+}
+
+#[test]
+fn a_reader_goes_on_where_what_it_reads_was_emptied_and_got_another_number() {
+    let dir = Dir::new("renumbered");
+    let files = Files::open(&dir.0).expect("opened").expect("there");
+    let mut reader = LogReader::new(dir.0.clone(), &request(None, None));
+    dir.append("0.log", &records(0..2));
+    assert_eq!(drain(&mut reader), "0 1");
+    files.start_over().expect("emptied");
+    dir.append("0.log", &records(2..3));
+    assert_eq!(drain(&mut reader), "!2");
+    rename(&dir, "0.log", "0.log.2");
+    dir.append("0.log", &records(3..4));
+    assert_eq!(drain(&mut reader), "3");
+    rename(&dir, "0.log", "0.log.3");
+    assert_eq!(drain(&mut reader), "");
+    files.start_over().expect("emptied");
+    dir.append("0.log.4", &records(4..5));
+    assert_eq!(drain(&mut reader), "!4");
+    dir.append("0.log", &records(5..6));
+    assert_eq!(drain(&mut reader), "5");
+}
+
+/// Deletes a log directory, as the agent does.
+fn delete(dir: &Dir) {
+    let last = dir.0.with_extension("new");
+    fs::rename(&dir.0, &last).expect("renamed");
+    Files::open(&last).expect("opened").expect("there").wipe();
+    fs::remove_dir_all(last).expect("removed");
+}
+
+#[test]
+fn a_deletion_is_a_gap_for_who_had_not_read_all() {
+    let check = |name: &str, files: &[&str], read: &[&str], more: &str, expect: (&str, bool)| {
+        let dir = Dir::new(name);
+        let mut reader = LogReader::new(dir.0.clone(), &request(None, None));
+        for (n, file) in (0..).zip(files) {
+            dir.append(file, &records(n..n + 1));
+        }
+        dir.append(files.last().expect("a file"), &format!("{TIME} stdout P half\n"));
+        assert_eq!(drain(&mut reader), read.join(" "), "{name}");
+        let last = more.split_once('>').map_or(more, |(from, to)| {
+            rename(&dir, from, to);
+            "0.log"
+        });
+        if !last.is_empty() {
+            dir.append(last, &records(5..6));
+        }
+        delete(&dir);
+        assert_eq!(drain(&mut reader), "", "{name}");
+        let rest = texts(reader.finish()).join(" ");
+        assert_eq!((rest.as_str(), reader.has_gap()), expect, "{name}");
+        assert_eq!((drain(&mut reader).as_str(), reader.has_gap()), ("", expect.1), "{name}: said once");
+        fs::create_dir(&dir.0).expect("made");
+    };
+    check("deleted-read", &["0.log"], &["0"], "", ("half", false));
+    check("deleted-rotated", &["0.log.1", "0.log.2", "0.log"], &["0", "1", "2"], "", ("half", false));
+    check("deleted-grown", &["0.log"], &["0"], "0.log", ("", true));
+    check("deleted-next", &["0.log"], &["0"], "0.log>0.log.1", ("", true));
+    check("deleted-attempt", &["0.log"], &["0"], "1.log", ("", true));
+    // What is open and empty is told from what is open and was followed by others.
+    for (more, is_gap) in [("", false), ("1.log", true)] {
+        let dir = Dir::new("deleted-empty");
+        dir.append("0.log", "");
+        let mut reader = LogReader::new(dir.0.clone(), &request(None, None));
+        assert_eq!(drain(&mut reader), "");
+        if !more.is_empty() {
+            dir.append(more, &records(0..1));
+        }
+        delete(&dir);
+        assert_eq!((drain(&mut reader).as_str(), reader.has_gap()), ("", is_gap), "{more:?}");
+        fs::create_dir(&dir.0).expect("made");
+    }
+    // A file that begins with zeros, as a machine that went down may leave it, is no deletion.
+    let dir = Dir::new("zeros");
+    dir.append("0.log", &format!("\0\0\0\n{}", records(0..1)));
+    let mut reader = LogReader::new(dir.0.clone(), &request(None, None));
+    assert_eq!(drain(&mut reader), "!0");
+}
+
+#[test]
+fn a_record_is_as_long_as_it_may_be_and_no_longer() {
+    let record = |bytes: usize| {
+        let head = format!("{TIME} stdout F ");
+        format!("{head}{}\n", "x".repeat(bytes - head.len()))
+    };
+    let dir = Dir::new("record");
+    dir.append("0.log", &format!("{TIME} stdout P a\n"));
+    dir.append("0.log", &record(limits::LOG_RECORD_BYTES_MAX));
+    dir.append("0.log", &format!("{TIME} stdout P b\n"));
+    dir.append("0.log", &record(limits::LOG_RECORD_BYTES_MAX + 1));
+    dir.append("0.log", &format!("{TIME} stdout F next\n{} stdout F no time\n", "9".repeat(limits::LOG_TIME_BYTES_MAX + 1)));
+    let mut reader = LogReader::new(dir.0.clone(), &request(None, None));
+    let seen = drain(&mut reader);
+    let (first, rest) = seen.split_once(' ').expect("two lines");
+    assert!(first.starts_with("ax") && rest == "!next", "{rest}");
+    assert!(reader.has_gap());
+}
+
+#[test]
+fn a_line_is_as_long_as_it_may_be_and_longer_ones_come_in_pieces() {
+    let pieces = |text: &str| {
+        let dir = Dir::new("line");
+        let mut rest = text;
+        while !rest.is_empty() {
+            let (part, behind) = rest.split_at(rest.len().min(16 * 1024));
+            rest = behind;
+            dir.append("0.log", &format!("{TIME} stdout {} {part}\n", if rest.is_empty() { 'F' } else { 'P' }));
+        }
+        let mut reader = LogReader::new(dir.0.clone(), &request(None, None));
+        let mut lines = Vec::new();
+        loop {
+            let batch = reader.read().expect("read");
+            lines.extend(batch.lines);
+            if batch.more == More::Later {
+                break;
+            }
+        }
+        let replies = lines.iter().map(|line| Reply::Log(line.clone()).to_line(None));
+        assert!(replies.map(|reply| reply.len()).max().is_some_and(|bytes| bytes < limits::LINE_BYTES_MAX));
+        texts(lines)
+    };
+    let max = limits::LOG_LINE_BYTES_MAX;
+    let text = "\u{1}".repeat(max);
+    assert!(pieces(&text) == [text.clone()]);
+    assert!(pieces(&format!("{text}!")) == [text.as_str(), "!"]);
+    assert!(pieces(&format!("{text}{text}!")) == [text.as_str(), &text, "!"]);
+    assert_eq!(whole_characters("ab\u{20ac}".as_bytes(), 4), 2);
+    assert_eq!(whole_characters("ab\u{20ac}c".as_bytes(), 5), 5);
+    assert_eq!(whole_characters(&[0x80; 10], 5), 5);
+}
+
+#[test]
+fn a_tail_that_does_not_fit_says_so() {
+    let line = |bytes: usize| LogLine { stream: LogStream::Stdout, time: String::new(), line: "x".repeat(bytes), gap: false };
+    let tail = |keep: u64, bytes: usize, count: usize| {
+        let mut tail = Tail::new(keep);
+        tail.push((0..count).map(|_| line(bytes)).collect());
+        let lines: Vec<LogLine> = tail.into_lines().collect();
+        (lines.len(), lines.first().is_some_and(|line| line.gap), lines.iter().skip(1).any(|line| line.gap))
+    };
+    let (bytes, count) = (limits::LOG_LINE_BYTES_MAX, limits::LOG_TAIL_BYTES_MAX / limits::LOG_LINE_BYTES_MAX);
+    assert_eq!(tail(1000, bytes, count), (count - 1, true, false));
+    assert_eq!(tail(1000, bytes, count * 2), (count - 1, true, false));
+    assert_eq!(tail(1000, bytes, count - 1), (count - 1, false, false));
+    // Only as many were wanted.
+    assert_eq!(tail(3, bytes, count * 2), (3, false, false));
+    assert_eq!(tail(3, 10, 3), (3, false, false));
 }
