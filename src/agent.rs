@@ -18,6 +18,7 @@
 //! | journal | writes down what only this agent knows |
 //! | sweep | removes sandboxes that nobody wants |
 //! | rotate | keeps logs within their bounds |
+//! | reopen | asks runtimes to open log files anew |
 //! | tick | time to live, retries, start deadlines |
 //! | relist-N, events-N | one of each per CRI endpoint |
 //!
@@ -327,6 +328,8 @@ fn start_threads(agent: &Arc<Agent>, config: &AgentConfig, queues: &WorkQueues) 
     threads.push((spawn("tick", move || tick_loop(&a))?, false));
     let a = Arc::clone(agent);
     threads.push((spawn("rotate", move || rotate::rotate_loop(&a))?, false));
+    let a = Arc::clone(agent);
+    threads.push((spawn("reopen", move || rotate::reopen_loop(&a))?, false));
     Ok(threads)
 }
 

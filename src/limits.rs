@@ -295,8 +295,10 @@ pub const LOG_SOON_MS: u64 = 20;
 pub const LOG_SETTLE_MS: u64 = 300;
 /// Asking the runtime to open a log file anew.
 pub const LOG_REOPEN_MS_MAX: u64 = 5000;
-/// Between two such calls for one workload, after one that failed.
+/// Between two such calls for one workload after one that failed, and for one runtime after one that it did not answer.
 pub const LOG_REOPEN_PAUSE_MS: u64 = 1000;
+/// Workloads whose runtime is being asked that, or is about to be.
+pub const LOG_REOPENS_MAX: usize = 64;
 /// Files in the log directory of one workload.
 pub const LOG_DIR_FILES_MAX: usize = 1024;
 /// Files of one workload that are kept beside what it writes to, those of earlier attempts included.

@@ -13,6 +13,8 @@
 //! then the largest of the files that workloads last wrote to is emptied, and the next: that needs no runtime that answers, and no
 //! space. Runtimes append, so they go on at its new end.
 //!
+//! Runtimes are asked by a thread of its own ([`reopen_loop`]): a call may take its whole time, and the bounds do not wait for it.
+//!
 //! How far a bound is exceeded depends on what a workload can write between two looks. A log that grows is looked at when it may be
 //! half way to its bound, but at least [`limits::LOG_CHECK_MS_MIN`] later; one that was quiet before, after [`LogLimits::check_ms`], and
 //! up to [`limits::LOG_QUIET_CHECKS_MAX`] times that when it stays so.
@@ -25,6 +27,9 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, Sender, bounded, select};
 
 use super::Agent;
 use super::logs::files::{self, Files, Name, space};
@@ -42,6 +47,22 @@ use crate::workload::{State, WorkloadId};
 pub struct Rotation {
     limits: LogLimits,
     facts: Mutex<Facts>,
+    asks: (Sender<Ask>, Receiver<Ask>),
+    /// Of those that were asked; there is room for every one.
+    answers: (Sender<Answer>, Receiver<Answer>),
+}
+
+/// That a runtime is to open a workload's log anew.
+struct Ask {
+    id: WorkloadId,
+    endpoint: usize,
+    container_id: String,
+}
+
+/// Whether it did.
+struct Answer {
+    id: WorkloadId,
+    is_open: bool,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -61,8 +82,9 @@ struct Dropped {
 
 impl Rotation {
     /// Nothing done yet.
-    pub fn new(limits: LogLimits) -> Self {
-        Self { limits, facts: Mutex::default() }
+    pub fn new(bounds: LogLimits) -> Self {
+        let (asks, answers) = (bounded(limits::LOG_REOPENS_MAX), bounded(limits::LOG_REOPENS_MAX));
+        Self { limits: bounds, facts: Mutex::default(), asks, answers }
     }
 
     /// Whether there is the space that logs should leave, and what was dropped for its sake.
@@ -91,11 +113,50 @@ pub fn rotate_loop(agent: &Agent) {
         tracks: BTreeMap::new(),
         listed: None,
         listed_version: None,
+        asked: 0,
         hopeless: None,
         unsaid: Dropped::default(),
         said: None,
     };
-    while agent.pause(keeper.pass()) {}
+    loop {
+        let wait_ms = keeper.pass();
+        select! {
+            recv(agent.rotation.answers.1) -> answer => answer.into_iter().for_each(|answer| keeper.note_answer(&answer)),
+            recv(agent.stop) -> _ => return,
+            default(Duration::from_millis(wait_ms)) => {}
+        }
+    }
+}
+
+/// Asks runtimes to open log files anew, one after the other, until the agent stops.
+pub fn reopen_loop(agent: &Agent) {
+    // Of runtimes that did not answer: until when they are asked nothing.
+    let mut pauses: BTreeMap<usize, Deadline> = BTreeMap::new();
+    loop {
+        let ask = select! {
+            recv(agent.rotation.asks.1) -> ask => ask,
+            recv(agent.stop) -> _ => return,
+        };
+        let Ok(Ask { id, endpoint, container_id }) = ask else { return };
+        let deadline = Deadline::within_ms(limits::LOG_REOPEN_MS_MAX, "log rotation");
+        let mut is_open = false;
+        if is_due(pauses.get(&endpoint).copied()) {
+            match agent.endpoint(endpoint).client.reopen_container_log(&container_id, deadline) {
+                Ok(()) => {
+                    failpoint::pass("agent-log-reopen-after");
+                    is_open = true;
+                }
+                Err(error) => {
+                    // It may just have ended; the runtime goes on in the old file if it has not.
+                    log::debug!("workload {id}: its log was not opened anew: {}", Chain(&error));
+                    if deadline.left().is_err() {
+                        pauses.insert(endpoint, Deadline::within_ms(limits::LOG_REOPEN_PAUSE_MS, "log rotation"));
+                    }
+                }
+            }
+        }
+        let _ = agent.rotation.answers.0.try_send(Answer { id, is_open }); // There is room for all that were asked.
+    }
 }
 
 struct Keeper<'a> {
@@ -107,7 +168,9 @@ struct Keeper<'a> {
     listed: Option<Deadline>,
     /// The registry's version when that was made.
     listed_version: Option<u64>,
-    /// There is no space, and nothing more to drop: until when that is taken for granted.
+    /// Asks without an answer.
+    asked: usize,
+    /// There is nothing more to drop: until when that is taken for granted.
     hopeless: Option<Deadline>,
     /// Dropped since that was last logged.
     unsaid: Dropped,
@@ -127,6 +190,8 @@ struct Track {
     quiet: u64,
     /// When to look again.
     due: Option<Deadline>,
+    /// The runtime is being asked to open a file anew.
+    is_asked: bool,
     /// The runtime did not open a file anew; when to ask again.
     retry: Option<Deadline>,
     /// Its directory cannot be read, and that was logged.
@@ -135,7 +200,7 @@ struct Track {
 
 impl Track {
     fn new(owner: Known) -> Self {
-        Self { owner, sizes: BTreeMap::new(), last: None, pace: 0, quiet: 0, due: None, retry: None, is_broken: false }
+        Self { owner, sizes: BTreeMap::new(), last: None, pace: 0, quiet: 0, due: None, is_asked: false, retry: None, is_broken: false }
     }
 
     fn is_running(&self) -> bool {
@@ -196,11 +261,17 @@ impl Keeper<'_> {
             self.listed = Some(Deadline::within_ms(check_ms, "logs"));
         }
         let due: Vec<WorkloadId> = self.tracks.iter().filter(|(_, track)| is_due(track.due)).map(|(id, _)| id.clone()).collect();
+        let mut watch = Stopwatch::start();
         for id in due {
             if self.agent.is_stopping() {
                 return 0;
             }
             self.look(&id);
+            // A disk that is slow is not less full.
+            if watch.elapsed_ms() >= check_ms {
+                self.leave_space();
+                watch = Stopwatch::start();
+            }
         }
         let total: u64 = self.tracks.values().map(Track::bytes).sum();
         if let Some(excess) = total.checked_sub(self.limits.total_bytes).filter(|excess| *excess > 0) {
@@ -274,15 +345,14 @@ impl Keeper<'_> {
         let workload_bytes = file_bytes.saturating_mul(count);
         let mut room = file_bytes.saturating_sub(bytes);
         if track.is_running() && (room == 0 || !last.is_live()) {
-            let is_reopened = self.rotate(track, &files, &names)?;
-            names = files.names()?;
-            room = if is_reopened { file_bytes } else { workload_bytes.saturating_sub(bytes) };
-            if !is_reopened && room == 0 {
-                // It goes on writing there whether the runtime answers or not.
+            self.rotate(track, &files, &names)?;
+            // Until its runtime opens the new file it goes on in the old one.
+            room = workload_bytes.saturating_sub(bytes);
+            if room == 0 {
                 let emptied = files.start_over()?;
                 self.note(Dropped { files: 1, bytes: emptied });
-                names = files.names()?;
             }
+            names = files.names()?;
             let newest = names.last().copied().unwrap_or(last);
             bytes = files.facts(newest)?.map_or(0, |facts| facts.bytes);
             track.last = Some((newest, bytes, Stopwatch::start()));
@@ -292,31 +362,31 @@ impl Keeper<'_> {
         Ok(if track.is_running() { half_way_ms(room, track.pace, check_ms) } else { idle_ms })
     }
 
-    /// Renames what a workload writes to, where that was not done before, and makes its runtime open a new file; whether it did.
-    fn rotate(&self, track: &mut Track, files: &Files, names: &[Name]) -> io::Result<bool> {
-        let Some((last, (_, container_id))) = names.last().zip(track.owner.made.as_ref()) else { return Ok(false) };
-        let endpoint = self.agent.endpoint(track.owner.endpoint);
-        // A runtime that does not answer would only take our time.
-        if !is_due(track.retry) || endpoint.health().error.is_some() {
-            return Ok(false);
+    /// Renames what a workload writes to, where that was not done before, and has its runtime asked to open a new file.
+    fn rotate(&mut self, track: &mut Track, files: &Files, names: &[Name]) -> io::Result<()> {
+        let Some((last, (_, container_id))) = names.last().zip(track.owner.made.as_ref()) else { return Ok(()) };
+        let is_healthy = || self.agent.endpoint(track.owner.endpoint).health().error.is_none();
+        if track.is_asked || self.asked >= limits::LOG_REOPENS_MAX || !is_due(track.retry) || !is_healthy() {
+            return Ok(());
         }
         if last.is_live() {
             failpoint::pass("agent-log-rename-before");
             files.rename(*last, files::next_name(names, last.attempt))?;
             failpoint::pass("agent-log-rename-after");
         }
-        match endpoint.client.reopen_container_log(container_id, Deadline::within_ms(limits::LOG_REOPEN_MS_MAX, "log rotation")) {
-            Ok(()) => {
-                failpoint::pass("agent-log-reopen-after");
-                track.retry = None;
-                Ok(true)
-            }
-            Err(error) => {
-                // It may just have ended; the runtime goes on in the old file if it has not.
-                log::debug!("workload {}: its log was not opened anew: {}", track.owner.id, Chain(&error));
-                track.retry = Some(Deadline::within_ms(limits::LOG_REOPEN_PAUSE_MS, "log rotation"));
-                Ok(false)
-            }
+        let ask = Ask { id: track.owner.id.clone(), endpoint: track.owner.endpoint, container_id: container_id.clone() };
+        track.is_asked = self.agent.rotation.asks.0.try_send(ask).is_ok();
+        self.asked += usize::from(track.is_asked);
+        Ok(())
+    }
+
+    /// Takes up what became of an ask. Whether there is a new file its directory says.
+    fn note_answer(&mut self, Answer { id, is_open }: &Answer) {
+        self.asked = self.asked.saturating_sub(1);
+        if let Some(track) = self.tracks.get_mut(id) {
+            track.is_asked = false;
+            track.retry = (!is_open).then(|| Deadline::within_ms(limits::LOG_REOPEN_PAUSE_MS, "log rotation"));
+            track.due = None;
         }
     }
 
@@ -329,9 +399,8 @@ impl Keeper<'_> {
         let reserve = self.limits.reserve_bytes.unwrap_or(default);
         let pace = self.tracks.values().filter(|track| track.is_running()).map(|track| track.pace).sum();
         let mut left = free;
-        if free < reserve && is_due(self.hopeless) {
-            let dropped = self.drop_logs(reserve - free);
-            self.hopeless = (dropped.bytes == 0).then(|| Deadline::within_ms(check_ms, "disk space"));
+        if free < reserve {
+            self.drop_logs(reserve - free);
             left = space(self.agent.logs_dir()).map_or(free, |(_, free)| free);
         }
         self.agent.rotation.lock().space = Some((left, reserve));
@@ -341,13 +410,16 @@ impl Keeper<'_> {
     }
 
     /// Drops logs of so many bytes, whoever's.
-    fn drop_logs(&mut self, need: u64) -> Dropped {
+    fn drop_logs(&mut self, need: u64) {
+        if !is_due(self.hopeless) {
+            return;
+        }
         let dropped = shed(self.agent.logs_dir(), &self.mark, need);
+        self.hopeless = (dropped.bytes == 0).then(|| Deadline::within_ms(self.limits.check_ms, "disk space"));
         if dropped.files > 0 {
             self.tracks.values_mut().for_each(Track::forget);
             self.note(dropped);
         }
-        dropped
     }
 
     /// Counts what was dropped, and says so now and then.

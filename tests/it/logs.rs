@@ -298,6 +298,25 @@ fn a_follower_that_read_all_misses_nothing_when_it_is_deleted() {
 }
 
 #[test]
+fn a_runtime_that_hangs_holds_up_no_bound() {
+    let place = Place::sim(&[]);
+    let flags = ["--log-file-kb", "64", "--log-files", "20", "--log-total-mb", "1", "--log-check-ms", "20"];
+    let agent = place.agent(&flags);
+    let dir = place.dir.join("agent");
+    place.faults(&["ReopenContainerLog:hang"]);
+    let ids = ["wl-1", "wl-2", "wl-3", "wl-4", "wl-5", "wl-6"];
+    for id in ids {
+        agent.run(&count(&place, id, "spam 500000; sleep 1000"));
+    }
+    until("a runtime is asked", || place.count("ReopenContainerLog") > 0);
+    let total = || ids.iter().map(|id| bytes(&files(&dir, id))).sum::<u64>();
+    until("all logs together are small", || total() <= 1 << 20);
+    // One that was not answered stands for all of that runtime.
+    until("it is asked again", || place.count("ReopenContainerLog") > 1);
+    place.faults(&[]);
+}
+
+#[test]
 fn the_longest_line_comes_whole_and_a_longer_one_in_pieces() {
     const TIME: &str = "2026-01-01T00:00:00.000000001Z";
     let place = Place::sim(&[]);
