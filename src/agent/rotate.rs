@@ -467,8 +467,15 @@ fn sizes(files: &Files, names: &[Name], known: &BTreeMap<Name, u64>) -> io::Resu
 
 /// Gives the oldest files up until no more than `count` are left, and beside the newest no more than `bytes_max`.
 fn prune(files: &Files, sizes: &mut BTreeMap<Name, u64>, count: u64, bytes_max: u64) -> io::Result<()> {
-    let newest = sizes.keys().last().copied();
-    // What is empty and has a number shows that something is missing; it goes with what comes behind it.
+    // What is empty and has a number shows that something is missing; before another number a hole shows that as well.
+    let names: Vec<Name> = sizes.keys().copied().collect();
+    for (name, next) in names.iter().zip(names.iter().skip(1)) {
+        if sizes.get(name) == Some(&0) && !name.is_live() && !next.is_live() && name.attempt == next.attempt {
+            files.give_up(*name)?;
+            sizes.remove(name);
+        }
+    }
+    let newest = names.last().copied();
     let is_held = |(name, bytes): &(&Name, &u64)| Some(**name) != newest && (name.is_live() || **bytes > 0);
     let old: Vec<(Name, u64)> = sizes.iter().filter(is_held).map(|(name, bytes)| (*name, *bytes)).collect();
     let is_enough = |left: &[(Name, u64)]| {
@@ -580,6 +587,7 @@ mod tests {
         check(&three, 9, 5, "0.log.9=0 0.log=3");
         // What was emptied counts for nothing, and nothing is done about it again.
         check(&[("0.log.9", 0), ("0.log", 3)], 1, 0, "0.log.9=0 0.log=3");
+        check(&[("0.log.6", 0), ("0.log.7", 1), ("0.log.8", 0), ("0.log.9", 0), ("0.log", 3)], 9, 99, "0.log.7=1 0.log.9=0 0.log=3");
         // The ends of earlier attempts are small, and kept as long as bytes allow.
         check(&[("0.log", 1), ("1.log", 1), ("2.log.1", 9), ("2.log", 3)], 2, 11, "0.log=1 1.log=1 2.log.1=9 2.log=3");
         check(&[("0.log", 1), ("1.log", 1), ("2.log.1", 9), ("2.log", 3)], 2, 10, "0.log.1=0 1.log=1 2.log.1=9 2.log=3");
