@@ -3,7 +3,7 @@
 //! *In scope*: RFC 9112 with keep-alive, pipelining, `Content-Length` and chunked bodies both ways, `Expect: 100-continue`, HEAD,
 //! origin-, absolute- and asterisk-form targets, HTTP/1.0 clients; streamed responses.
 //! *Out of scope*: TLS, upgrades, CONNECT and TRACE (501), content and transfer codings but chunked, conditional and range requests,
-//! trailers (read and dropped), cookies, obsolete line folding (400). Virtual hosts too: `Host` is checked, not used.
+//! trailers (read and dropped), cookies, obsolete line folding (400). Virtual hosts too; which `Host` a handler takes is its own rule.
 //!
 //! Invariant: a request whose end two parsers could see in two places is refused and its connection closed (RFC 9112 section 11.2).
 //! Invariant: nothing a peer sent is written back raw; a [`Reject`] is a sentence of ours.
@@ -77,6 +77,8 @@ pub struct Request {
     pub has_body_framing: bool,
     /// The other end of the connection, for logs.
     pub peer: String,
+    /// Whether it came over TCP to an address of this machine's loopback.
+    pub is_over_loopback: bool,
 }
 
 impl Request {

@@ -425,7 +425,7 @@ fn a_stop_does_not_wait_for_those_who_wait() {
     let world = World::new();
     world.post("a");
     let mut stream = Stream::connect(world.http.address(), soon()).expect("connected");
-    stream.write_all(b"GET /workloads/a?wait_ms=600000 HTTP/1.1\r\nHost: x\r\n\r\n", soon()).expect("written");
+    stream.write_all(b"GET /workloads/a?wait_ms=600000 HTTP/1.1\r\nHost: localhost\r\n\r\n", soon()).expect("written");
     eventually("it waits", || world.agent.asked("GetStatus a") == 1);
     let watch = Stopwatch::start();
     world.running.plane.stopping.set();
@@ -444,7 +444,7 @@ fn logs_are_lines_of_text() {
     assert_eq!(body, "line 1\nline 2\n");
     let (_, body) = world.ask("GET", "/workloads/a/logs?timestamps&follow=1", "");
     assert_eq!(body, "2026-01-01T00:00:01Z line 1\n2026-01-01T00:00:02Z line 2\n");
-    let (head, body) = world.send("GET /workloads/a/logs HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+    let (head, body) = world.send("GET /workloads/a/logs HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
     assert!(head.contains("\r\nTransfer-Encoding: chunked"), "{head}");
     assert_eq!(body, "e\r\nline 1\nline 2\n\r\n0\r\n\r\n");
     world.agent.fail("GetLogs", refusal(ErrorCode::NotFound));

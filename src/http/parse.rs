@@ -128,7 +128,7 @@ pub enum Framing {
 /// A request whose body is still to come.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Head {
-    /// The request; `body` and `peer` are empty.
+    /// The request; `body` is empty, and so is what its connection says of it.
     pub request: Request,
     /// The version of the client.
     pub version: Version,
@@ -194,7 +194,8 @@ pub fn head(bytes: &[u8]) -> Result<Option<(usize, Head)>, Reject> {
     let asks = |option: &str| list(&headers, "connection").any(|o| o.eq_ignore_ascii_case(option));
     let keep_alive = !asks("close") && (version == Version::Http11 || asks("keep-alive"));
     let has_body_framing = framing != Framing::None;
-    let request = Request { method, segments, query, headers, body: Vec::new(), has_body_framing, peer: String::new() };
+    let request =
+        Request { method, segments, query, headers, body: Vec::new(), has_body_framing, peer: String::new(), is_over_loopback: false };
     Ok(Some((used, Head { request, version, framing, expects_continue, keep_alive })))
 }
 

@@ -170,8 +170,10 @@ mod tests {
     fn query_values_are_typed_and_given_once() {
         let Target { segments, query } =
             target(Method::Get, "/?n=7&big=18446744073709551616&plus=%2B1&none=&on&off=false&odd=yes&d=1&d=2").expect("valid");
-        let request =
-            Request { method: Method::Get, segments, query, headers: vec![], body: vec![], has_body_framing: false, peer: String::new() };
+        let request = super::super::parse::head(b"GET / HTTP/1.0\r\n\r\n")
+            .expect("valid")
+            .map(|(_, head)| Request { segments, query, ..head.request })
+            .expect("whole");
         assert_eq!(request.path(), [""; 0]);
         assert_eq!(request.query_u64("n"), Ok(Some(7)));
         assert_eq!(request.query_u64("absent"), Ok(None));

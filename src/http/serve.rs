@@ -73,6 +73,7 @@ struct Connection {
     read_bytes: usize,
     requests_left: u32,
     peer: String,
+    is_over_loopback: bool,
     patience: Patience,
 }
 
@@ -101,6 +102,7 @@ impl Connection {
             read_bytes: READ_BYTES,
             requests_left: limits::HTTP_REQUESTS_PER_CONNECTION_MAX,
             peer: stream.peer(),
+            is_over_loopback: stream.is_over_loopback(),
             stream,
             patience,
         }
@@ -143,6 +145,7 @@ impl Connection {
     fn receive(&mut self, stopping: &AtomicBool) -> Result<Option<Head>, Fault> {
         let Some(mut head) = self.receive_head(stopping)? else { return Ok(None) };
         head.request.peer.clone_from(&self.peer);
+        head.request.is_over_loopback = self.is_over_loopback;
         let deadline = Deadline::within_ms(self.patience.body_ms, "body");
         if head.expects_continue && !matches!(head.framing, Framing::None | Framing::Length(0)) {
             let deadline = deadline.at_most_ms(self.patience.write_ms, "write");

@@ -152,6 +152,14 @@ impl Stream {
         }
     }
 
+    /// Whether it is TCP to a loopback address of this machine.
+    pub fn is_over_loopback(&self) -> bool {
+        match self {
+            Self::Tcp(s) => s.local_addr().is_ok_and(|address| address.ip().to_canonical().is_loopback()),
+            Self::Unix(_) => false,
+        }
+    }
+
     fn set_nonblocking(&self, on: bool) -> Result<(), Error> {
         match self {
             Self::Tcp(s) => s.set_nonblocking(on),

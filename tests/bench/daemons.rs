@@ -210,8 +210,9 @@ impl Http {
     pub(crate) fn call(&mut self, method: &str, path: &str, body: Option<&Value>) -> Result<(u16, Value), Failure> {
         let body = body.map(Value::to_string).unwrap_or_default();
         let length = body.len();
-        let request =
-            format!("{method} {path} HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n{body}");
+        let request = format!(
+            "{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n{body}"
+        );
         self.stream.get_mut().write_all(request.as_bytes())?;
         read_reply(&mut self.stream, Protocol::Http, &mut self.reply)?;
         let text = String::from_utf8_lossy(&self.reply);

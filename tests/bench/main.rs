@@ -273,7 +273,7 @@ fn rates(setup: &Setup, side: &Side, table: &mut Table) -> Result<(), Failure> {
         move |total| load::tcp(agent, Protocol::Line, text.as_bytes(), expect.as_bytes(), connections, total)
     };
     let get = |path: &'static str, connections| {
-        let request = format!("GET {path} HTTP/1.1\r\nHost: bench\r\n\r\n");
+        let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n");
         move |total| load::tcp(plane, Protocol::Http, request.as_bytes(), b"HTTP/1.1 200 ", connections, total)
     };
     const PING: (&str, &str) = ("{\"type\":\"Ping\"}\n", "{\"type\":\"Pong\"");

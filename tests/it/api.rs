@@ -93,7 +93,7 @@ fn a_log_is_passed_on(place: &Place) {
     plane.run(&place.workload("wl-1", &["sh", "-c", "echo one; sleep 0.5; echo two >&2; sleep 0.5; echo three"]));
     // Followed: the first line comes long before the last, and the end comes by itself.
     let mut http = plane.http();
-    http.send(b"GET /workloads/wl-1/logs?follow HTTP/1.1\r\nHost: x\r\n\r\n");
+    http.send(b"GET /workloads/wl-1/logs?follow HTTP/1.1\r\nHost: localhost\r\n\r\n");
     let head = http.try_head().expect("a response");
     assert_eq!((head.status, head.header("transfer-encoding")), (200, Some("chunked")));
     assert_eq!(head.header("content-type"), Some("text/plain; charset=utf-8"));
@@ -102,7 +102,7 @@ fn a_log_is_passed_on(place: &Place) {
     let rest: Vec<u8> = std::iter::from_fn(|| http.chunk()).flatten().collect();
     assert_eq!(String::from_utf8_lossy(&rest), "two\nthree\n");
     // The connection lives on.
-    http.send(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n");
+    http.send(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n");
     assert_eq!(http.answer().text(), "ok\n");
 
     plane.ended("wl-1");
@@ -201,15 +201,17 @@ fn a_request_that_is_not_json_is_told_so() {
     let plane = Plane::start(&place, &[&agent], &[]);
     let post = |headers: &str, body: &str| {
         let mut http = plane.http();
-        http.send(format!("POST /workloads HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{headers}\r\n{body}").as_bytes());
+        http.send(format!("POST /workloads HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{headers}\r\n{body}").as_bytes());
         http.answer().problem()
     };
     assert_eq!(post("", ""), (411, "body_required".into()));
     assert_eq!(post("Content-Length: 2\r\nContent-Type: text/plain\r\n", "{}"), (415, "not_json".into()));
     assert_eq!(post("Content-Length: 2\r\nContent-Type: application/x-www-form-urlencoded\r\n", "{}"), (415, "not_json".into()));
     assert_eq!(post("Content-Length: 2\r\nContent-Type: application/JSON; charset=utf-8\r\n", "{}"), (422, "invalid_workload".into()));
-    assert_eq!(post("Content-Length: 2\r\n", "{}"), (422, "invalid_workload".into()));
-    assert_eq!(post("Transfer-Encoding: chunked\r\n", "1\r\n{\r\n1\r\n}\r\n0\r\n\r\n"), (422, "invalid_workload".into()));
+    assert_eq!(post("Content-Length: 2\r\n", "{}"), (415, "not_json".into()), "a web page can send that");
+    let chunks = "1\r\n{\r\n1\r\n}\r\n0\r\n\r\n";
+    assert_eq!(post("Transfer-Encoding: chunked\r\n", chunks), (415, "not_json".into()));
+    assert_eq!(post("Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n", chunks), (422, "invalid_workload".into()));
 }
 
 #[test]
@@ -525,12 +527,12 @@ fn a_long_wait_ends_when_it_is_over_or_the_plane_stops() {
         assert_eq!(plane.get(&format!("/workloads/wl-1{query}")).problem(), (400, code.into()), "{query}");
     }
     let mut waiting = plane.http();
-    waiting.send(b"GET /workloads/wl-1?for=terminal&wait_ms=600000 HTTP/1.1\r\nHost: x\r\n\r\n");
+    waiting.send(b"GET /workloads/wl-1?for=terminal&wait_ms=600000 HTTP/1.1\r\nHost: localhost\r\n\r\n");
     let mut following = plane.http();
-    following.send(b"GET /workloads/wl-1/logs?follow HTTP/1.1\r\nHost: x\r\n\r\n");
+    following.send(b"GET /workloads/wl-1/logs?follow HTTP/1.1\r\nHost: localhost\r\n\r\n");
     assert_eq!(following.try_head().expect("a response").status, 200);
     let mut idle = plane.http();
-    idle.send(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n");
+    idle.send(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n");
     idle.answer();
     until("all are served", || plane.connections() == 3);
     plane.terminate();
@@ -552,7 +554,7 @@ fn requests_follow_each_other_on_one_connection() {
     }
     // Pipelined, answered in order.
     http.send(
-        &b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\nGET /nope HTTP/1.1\r\nHost: x\r\n\r\nHEAD /version HTTP/1.1\r\nHost: x\r\n\r\n".repeat(3),
+        &b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\nGET /nope HTTP/1.1\r\nHost: localhost\r\n\r\nHEAD /version HTTP/1.1\r\nHost: localhost\r\n\r\n".repeat(3),
     );
     for _ in 0..3 {
         assert_eq!(http.answer().status, 200);
@@ -571,7 +573,7 @@ fn requests_follow_each_other_on_one_connection() {
     let mut http = plane.http();
     http.send(b"GET /livez HTTP/1.0\r\nConnection: keep-alive\r\n\r\n");
     assert_eq!(http.answer().header("connection"), Some("keep-alive"));
-    http.send(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n");
+    http.send(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n");
     assert_eq!(http.answer().text(), "ok\n");
 }
 
@@ -599,3 +601,66 @@ fn many_clients_at_a_time_get_what_they_ask_for() {
     assert_eq!(place.sandboxes().len(), 20);
     assert_eq!(plane.get("/workloads?state=Running").json()["items"].as_array().map(Vec::len), Some(20));
 }
+
+#[test]
+fn a_web_page_changes_nothing() {
+    let place = Place::sim(&[]);
+    let agent = place.agent(&[]);
+    let plane = Plane::start(&place, &[&agent], &[]);
+    plane.run(&with(place.workload("wl-1", &["sleep", "1000"]), json!({"stop_grace_ms": 0})));
+    let body = place.workload("wl-2", &["true"]).to_string();
+    let ask = |method: &str, target: &str, header: &str| {
+        plane.http().ask(method, target, &[header, "Connection: close", "Content-Type: application/json"], body.as_bytes())
+    };
+    let refused = (403, "from_web_page".to_owned());
+    for header in [
+        "Origin: http://evil.example",
+        "Origin: null",
+        "Origin: http://127.0.0.1:8080",
+        "Sec-Fetch-Site: cross-site",
+        "Sec-Fetch-Site: same-site",
+        "sec-fetch-site: x",
+    ] {
+        assert_eq!(ask("POST", "/workloads", header).problem(), refused, "{header}");
+        assert_eq!(ask("POST", "/workloads/wl-1/stop", header).problem(), refused, "{header}");
+        assert_eq!(ask("POST", "/workloads/wl-1/exec", header).problem(), refused, "{header}");
+        assert_eq!(ask("DELETE", "/workloads/wl-1", header).problem(), refused, "{header}");
+        assert_eq!(ask("PATCH", "/workloads/wl-1", header).problem(), refused, "{header}");
+        // What a page of another origin asks to be shown, the browser does not show it.
+        assert_eq!(ask("GET", "/workloads/wl-1", header).status, 200, "{header}");
+    }
+    assert_eq!(plane.workload("wl-1")["state"], "Running");
+    assert_eq!(plane.get("/workloads/wl-2").status, 404);
+    for header in ["Sec-Fetch-Site: none", "X-Other: 1"] {
+        assert!(ask("POST", "/workloads", header).status < 300, "{header}");
+    }
+}
+
+#[test]
+fn a_name_that_was_made_to_resolve_to_us_is_told_nothing() {
+    let place = Place::sim(&[]);
+    let socket = place.dir.join("plane.sock");
+    let plane = Plane::start_now(&place, &[], &["--listen", &format!("unix://{}", socket.display())]);
+    let head = |method: &str, host: &str| format!("{method} /livez HTTP/1.1\r\nConnection: close\r\nHost:{host}\r\n\r\n");
+    let ask = |method: &str, host: &str| {
+        let mut http = plane.http();
+        http.send(head(method, host).as_bytes());
+        http.answer()
+    };
+    let port = plane.address.port();
+    for host in [" evil.example".to_owned(), format!(" evil.example:{port}"), " localhost.evil.example".into(), " x".into()] {
+        for method in ["GET", "POST"] {
+            assert_eq!(ask(method, &host).problem(), (403, "host_not_local".into()), "{method} {host}");
+        }
+    }
+    for host in [" localhost".to_owned(), format!(" localhost:{port}"), format!(" 127.0.0.1:{port}"), " [::1]:80".into(), String::new()] {
+        assert_eq!(ask("GET", &host).text(), "ok\n", "{host}");
+    }
+    // No page reaches a socket of the file system, and there is no host there that could be named.
+    let mut unix = std::os::unix::net::UnixStream::connect(&socket).expect("it listens");
+    std::io::Write::write_all(&mut unix, head("GET", " kakuri").as_bytes()).expect("written");
+    let mut answer = String::new();
+    std::io::Read::read_to_string(&mut unix, &mut answer).expect("text");
+    assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+}
+

@@ -293,7 +293,7 @@ fn the_slow_are_cut_off_in_time() {
             scope.spawn(move || {
                 let mut client = Http::connect(http);
                 let watch = Stopwatch::start();
-                client.send(b"GET /livez HTTP/1.1\r\nHost: x\r\nX-Slow: ");
+                client.send(b"GET /livez HTTP/1.1\r\nHost: localhost\r\nX-Slow: ");
                 if drips {
                     while watch.elapsed_ms() < limits::HTTP_HEAD_MS_MAX - 500 {
                         let _ = client.try_send(b"x");
@@ -327,7 +327,7 @@ fn an_http_request_that_breaks_a_rule_hears_which() {
     let check = |request: &[u8], status: u16, code: &str, words: &str| {
         let mut http = plane.http();
         let shown = brief(&String::from_utf8_lossy(request));
-        let _ = http.try_send(&[request, b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"].concat());
+        let _ = http.try_send(&[request, b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"].concat());
         let answer = http.answer();
         assert_eq!(answer.problem(), (status, code.to_owned()), "{shown}: {}", answer.text());
         let detail = answer.json()["detail"].as_str().unwrap_or_default().to_owned();
@@ -336,7 +336,8 @@ fn an_http_request_that_breaks_a_rule_hears_which() {
         assert!(http.is_closed(), "{shown}");
     };
     let bad = |request: &[u8], words: &str| check(request, 400, "bad_request", words);
-    let post = |headers: &str, body: &[u8]| [format!("POST /workloads HTTP/1.1\r\nHost: x\r\n{headers}\r\n").as_bytes(), body].concat();
+    let post =
+        |headers: &str, body: &[u8]| [format!("POST /workloads HTTP/1.1\r\nHost: localhost\r\n{headers}\r\n").as_bytes(), body].concat();
 
     bad(&post("Content-Length: 5\r\nTransfer-Encoding: chunked\r\n", b"0\r\n\r\n"), "exclude each other");
     bad(&post("Transfer-Encoding: chunked\r\nContent-Length: 5\r\n", b"0\r\n\r\n"), "exclude each other");
@@ -370,18 +371,18 @@ fn an_http_request_that_breaks_a_rule_hears_which() {
     bad(b"GET /livez HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", "header host may be given once");
     bad(b"GET /livez HTTP/1.1\r\nHost: a b\r\n\r\n", "Host is a name");
     bad(b"GET /livez HTTP/1.1\nHost: a\n\n", "lines end with CRLF");
-    bad(b"GET  /livez HTTP/1.1\r\nHost: x\r\n\r\n", "a request begins with");
+    bad(b"GET  /livez HTTP/1.1\r\nHost: localhost\r\n\r\n", "a request begins with");
     bad(b"GET /livez\r\n\r\n", "a request begins with");
-    bad(b"GET /li vez HTTP/1.1\r\nHost: x\r\n\r\n", "a request begins with");
+    bad(b"GET /li vez HTTP/1.1\r\nHost: localhost\r\n\r\n", "a request begins with");
     bad(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03 TLS hello\r\n\r\n", "a request begins with");
-    check(b"GET /livez HTTP/2.0\r\nHost: x\r\n\r\n", 505, "version_not_supported", "HTTP/1.1 and HTTP/1.0");
+    check(b"GET /livez HTTP/2.0\r\nHost: localhost\r\n\r\n", 505, "version_not_supported", "HTTP/1.1 and HTTP/1.0");
     check(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505, "version_not_supported", "HTTP/1.1 and HTTP/1.0");
-    check(b"BREW /pot HTTP/1.1\r\nHost: x\r\n\r\n", 501, "not_implemented", "methods are DELETE, GET");
-    check(b"TRACE / HTTP/1.1\r\nHost: x\r\n\r\n", 501, "not_implemented", "methods are");
-    check(b"CONNECT a:1 HTTP/1.1\r\nHost: x\r\n\r\n", 501, "not_implemented", "methods are");
-    check(b"get /livez HTTP/1.1\r\nHost: x\r\n\r\n", 501, "not_implemented", "methods are");
+    check(b"BREW /pot HTTP/1.1\r\nHost: localhost\r\n\r\n", 501, "not_implemented", "methods are DELETE, GET");
+    check(b"TRACE / HTTP/1.1\r\nHost: localhost\r\n\r\n", 501, "not_implemented", "methods are");
+    check(b"CONNECT a:1 HTTP/1.1\r\nHost: localhost\r\n\r\n", 501, "not_implemented", "methods are");
+    check(b"get /livez HTTP/1.1\r\nHost: localhost\r\n\r\n", 501, "not_implemented", "methods are");
 
-    let target = |target: &str, words: &str| bad(format!("GET {target} HTTP/1.1\r\nHost: x\r\n\r\n").as_bytes(), words);
+    let target = |target: &str, words: &str| bad(format!("GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n").as_bytes(), words);
     for path in
         ["/workloads/../nodes", "/workloads/%2e%2e/nodes", "/..", "/./livez", "//livez", "/workloads/a%2fb", "/workloads/a%5Cb", "/livez/"]
     {
@@ -395,13 +396,16 @@ fn an_http_request_that_breaks_a_rule_hears_which() {
     target("livez", "the request target is a path");
     target("ftp://x/livez", "the request target is a path");
     check(
-        format!("GET /{} HTTP/1.1\r\nHost: x\r\n\r\n", "a".repeat(limits::HTTP_TARGET_BYTES_MAX)).as_bytes(),
+        format!("GET /{} HTTP/1.1\r\nHost: localhost\r\n\r\n", "a".repeat(limits::HTTP_TARGET_BYTES_MAX)).as_bytes(),
         414,
         "uri_too_long",
         "at most 4096",
     );
     assert_eq!(plane.get("/workloads").json()["items"], json!([]));
 }
+
+/// Without it no body is looked at.
+const JSON: &str = "Content-Type: application/json\r\n";
 
 #[test]
 fn http_limits_hold_at_the_limit_and_one_beyond() {
@@ -410,7 +414,7 @@ fn http_limits_hold_at_the_limit_and_one_beyond() {
     let plane = Plane::start(&place, &[&agent], &[]);
     let get = |target: &str, headers: &str| {
         let mut http = plane.http();
-        let _ = http.try_send(format!("GET {target} HTTP/1.1\r\nHost: x\r\n{headers}\r\n").as_bytes());
+        let _ = http.try_send(format!("GET {target} HTTP/1.1\r\nHost: localhost\r\n{headers}\r\n").as_bytes());
         http.answer().status
     };
     let path = |bytes: usize| format!("/{}", "a".repeat(bytes - 1));
@@ -420,7 +424,7 @@ fn http_limits_hold_at_the_limit_and_one_beyond() {
     assert_eq!(get("/livez", &headers(limits::HTTP_HEADERS_MAX - 1)), 200);
     assert_eq!(get("/livez", &headers(limits::HTTP_HEADERS_MAX)), 431);
     assert_eq!(get("/livez", &headers(10_000)), 431);
-    let frame = "GET /livez HTTP/1.1\r\nHost: x\r\nX: \r\n\r\n".len();
+    let frame = "GET /livez HTTP/1.1\r\nHost: localhost\r\nX: \r\n\r\n".len();
     let header = |head_bytes: usize| format!("X: {}\r\n", "a".repeat(head_bytes - frame));
     assert_eq!(get("/livez", &header(limits::HTTP_HEAD_BYTES_MAX)), 200);
     assert_eq!(get("/livez", &header(limits::HTTP_HEAD_BYTES_MAX + 1)), 431);
@@ -431,7 +435,9 @@ fn http_limits_hold_at_the_limit_and_one_beyond() {
     let post = |bytes: usize| {
         let mut http = plane.http();
         let body = body(bytes - overhead);
-        let _ = http.try_send(format!("POST /workloads HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n{body}", body.len()).as_bytes());
+        let _ = http.try_send(
+            format!("POST /workloads HTTP/1.1\r\nHost: localhost\r\n{JSON}Content-Length: {}\r\n\r\n{body}", body.len()).as_bytes(),
+        );
         http.answer().status
     };
     assert_eq!(post(limits::HTTP_BODY_BYTES_MAX), 422, "read, and found to have a field too many");
@@ -439,7 +445,7 @@ fn http_limits_hold_at_the_limit_and_one_beyond() {
     let chunked = |bytes: usize| {
         let mut http = plane.http();
         let body = body(bytes - overhead);
-        let mut request = b"POST /workloads HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".to_vec();
+        let mut request = format!("POST /workloads HTTP/1.1\r\nHost: localhost\r\n{JSON}Transfer-Encoding: chunked\r\n\r\n").into_bytes();
         for chunk in body.as_bytes().chunks(60_000) {
             request.extend([format!("{:x}\r\n", chunk.len()).as_bytes(), chunk, b"\r\n"].concat());
         }
@@ -458,18 +464,19 @@ fn what_is_allowed_but_rare_is_done_as_the_rfc_says() {
     // Expect: the client waits for the interim response before it sends the body.
     let workload = with(place.workload("wl-1", &["sleep", "1000"]), json!({"stop_grace_ms": 0})).to_string();
     let mut http = plane.http();
-    let head = format!("POST /workloads HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: {}\r\n\r\n", workload.len());
+    let framing = format!("{JSON}Expect: 100-continue\r\nContent-Length: {}\r\n", workload.len());
+    let head = format!("POST /workloads HTTP/1.1\r\nHost: localhost\r\n{framing}\r\n");
     http.send(head.as_bytes());
     assert_eq!(http.answer().status, 100);
     http.send(workload.as_bytes());
     assert_eq!(http.answer().status, 201);
     // A body that will not be read is refused at once, without asking for it.
-    http.send(b"POST /workloads HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 9999999\r\n\r\n");
+    http.send(b"POST /workloads HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: 9999999\r\n\r\n");
     assert_eq!(http.answer().status, 413);
     assert!(http.is_closed());
     // Shorter than promised.
     let mut http = plane.http();
-    http.send(b"POST /workloads HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{}");
+    http.send(b"POST /workloads HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n{}");
     http.end();
     let answer = http.answer();
     assert_eq!(answer.problem(), (400, "bad_request".into()));
@@ -483,11 +490,12 @@ fn what_is_allowed_but_rare_is_done_as_the_rfc_says() {
     assert_eq!(http.ask("HEAD", "/workloads/nobody", &[], b"").status, 404);
     assert_eq!(http.ask("GET", "/livez", &[], b"").text(), "ok\n", "no byte of a body stood in between");
     // Absolute form, an asterisk, blank lines before a request, a chunk extension, a trailer, header names in any case.
-    http.send(b"\r\n\r\nGET http://x:80/livez HTTP/1.1\r\nhOsT: x\r\n\r\n");
+    http.send(b"\r\n\r\nGET http://x:80/livez HTTP/1.1\r\nhOsT: localhost\r\n\r\n");
     assert_eq!(http.answer().text(), "ok\n");
-    http.send(b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n");
+    http.send(b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\n\r\n");
     assert!(http.answer().status < 500);
-    http.send(b"POST /workloads HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: Chunked\r\n\r\n2;a=b\r\n{}\r\n0\r\nX-Trailer: a\r\n\r\n");
+    let chunked = format!("{JSON}Transfer-Encoding: Chunked\r\n\r\n2;a=b\r\n{{}}\r\n0\r\nX-Trailer: a\r\n\r\n");
+    http.send(format!("POST /workloads HTTP/1.1\r\nHost: localhost\r\n{chunked}").as_bytes());
     assert_eq!(http.answer().status, 422);
     http.send(b"GET /livez HTTP/1.1\r\nHost:\r\n\r\n");
     assert_eq!(http.answer().status, 200);

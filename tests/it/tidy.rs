@@ -247,7 +247,7 @@ fn threads_are_those_of_the_readme() {
     let mut plane = Plane::start(&place, &[&agent], &[]);
     plane.run(&with(place.workload("wl-1", &["sleep", "1000"]), json!({"stop_grace_ms": 0})));
     let mut http = plane.http();
-    http.send(b"GET /workloads/wl-1/logs?follow HTTP/1.1\r\nHost: x\r\n\r\n");
+    http.send(b"GET /workloads/wl-1/logs?follow HTTP/1.1\r\nHost: localhost\r\n\r\n");
     assert_eq!(http.try_head().expect("a response").status, 200);
     until("both serve", || plane.connections() > 0 && agent.connections() > 0);
     for (program, threads) in [("kakuri-agent", agent.daemon().threads()), ("kakuri-control-plane", plane.daemon().threads())] {

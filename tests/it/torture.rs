@@ -146,10 +146,10 @@ fn lines_are_the_same_wherever_they_are_split() {
 
 const REQUESTS: [&[u8]; 5] = [
     b"GET /workloads?state=Running&label=a%3Db&limit=7 HTTP/1.1\r\nHost: localhost:8080\r\nAccept: */*\r\nX-Request-Id: a-7\r\n\r\n",
-    b"POST /workloads?wait_ms=1 HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 23\r\n\r\n{\"image\":\"a\",\"id\":\"wl\"}\n",
-    b"POST /workloads/a/exec HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5;x=y\r\nhello\r\n6\r\n world\r\n0\r\nX-T: a\r\n\r\n",
+    b"POST /workloads?wait_ms=1 HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 23\r\n\r\n{\"image\":\"a\",\"id\":\"wl\"}\n",
+    b"POST /workloads/a/exec HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n5;x=y\r\nhello\r\n6\r\n world\r\n0\r\nX-T: a\r\n\r\n",
     b"HEAD http://x/v1/nodes HTTP/1.0\r\nConnection: keep-alive\r\n\r\n",
-    b"OPTIONS * HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n\r\n",
+    b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\n\r\n",
 ];
 
 #[test]

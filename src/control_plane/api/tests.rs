@@ -9,7 +9,9 @@ use crate::http::Body;
 /// An API without nodes, and an answer from it.
 fn ask(text: &str, body: Option<&str>) -> (u16, Value, Response) {
     let running = Running::start(Vec::new(), Store::forgetful(), limits::HISTORY_DEFAULT).expect("threads");
-    let response = Api::new(Arc::clone(&running.plane), true).handle(&request(text, body));
+    let mut request = request(text, body);
+    request.headers.extend(body.map(|_| ("content-type".to_owned(), "application/json".to_owned())));
+    let response = Api::new(Arc::clone(&running.plane), true).handle(&request);
     running.stop();
     let body = match &response.body {
         Body::Full(body) => serde_json::from_slice(body).unwrap_or_else(|_| String::from_utf8_lossy(body).into_owned().into()),
@@ -33,6 +35,7 @@ fn request(text: &str, body: Option<&str>) -> Request {
         body: body.unwrap_or_default().as_bytes().to_vec(),
         has_body_framing: body.is_some(),
         peer: "test".into(),
+        is_over_loopback: true,
     }
 }
 
@@ -178,6 +181,8 @@ fn bodies_are_read_strictly() {
 
 #[test]
 fn only_json_is_read_as_json() {
+    let unnamed = body(&request("POST /workloads", Some("{}"))).err().map(|refusal| (refusal.status.code(), refusal.code));
+    assert_eq!(unnamed, Some((415, "not_json")), "a page may send that to anybody");
     let code = |content_type: &str| {
         let mut request = request("POST /workloads", Some("{}"));
         request.headers.push(("content-type".into(), content_type.into()));

@@ -57,7 +57,7 @@ impl Answer {
 }
 
 fn request(method: &str, target: &str, headers: &[&str], body: &[u8]) -> Vec<u8> {
-    let mut head = format!("{method} {target} HTTP/1.1\r\nHost: test\r\n");
+    let mut head = format!("{method} {target} HTTP/1.1\r\nHost: localhost\r\n");
     headers.iter().for_each(|header| head.extend([header, "\r\n"]));
     if !body.is_empty() || method == "POST" || method == "PUT" {
         head.push_str(&format!("Content-Length: {}\r\n", body.len()));
@@ -102,7 +102,8 @@ impl Http {
         socket.set_write_timeout(Some(left()?))?;
         let framing =
             if method == "POST" { format!("Content-Type: application/json\r\nContent-Length: {}\r\n", body.len()) } else { String::new() };
-        socket.write_all(format!("{method} {target} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n{framing}\r\n{body}").as_bytes())?;
+        socket
+            .write_all(format!("{method} {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{framing}\r\n{body}").as_bytes())?;
         let (mut buffer, mut chunk) = (Vec::new(), [0; 16 * 1024]);
         loop {
             socket.set_read_timeout(Some(left()?))?;
