@@ -12,6 +12,7 @@ mod output;
 mod selector;
 mod workloads;
 
+use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -271,11 +272,17 @@ impl Refusal {
             request_id: Some(request_id),
         };
         let response = Response::full(status, "application/problem+json", to_json(&details));
+        // Only what certainly was not done is worth doing again: 503 says that, and `outcome_unknown` is 504.
         match (status, allow) {
             (_, Some(allow)) => response.with_header("Allow", allow),
             (Status::Unavailable | Status::TooManyRequests, None) => response.with_header("Retry-After", "1"),
             (_, None) => response,
         }
+    }
+
+    /// Nobody knows whether it was done, so nobody is told to do it again.
+    fn outcome_unknown(why: impl fmt::Display) -> Self {
+        Self::new(Status::GatewayTimeout, "outcome_unknown", format!("{why}; it may have been done"))
     }
 
     /// What an agent's error is to a client. The pointers of an agent begin at its request, those of a client at the workload.
@@ -385,13 +392,14 @@ impl From<store::Error> for Refusal {
         let (status, code) = match &error {
             store::Error::Closed => (Status::Unavailable, "store_closed"),
             store::Error::Disk(cause) if cause.is_full() => (Status::InsufficientStorage, "disk_full"),
-            store::Error::Disk(_) | store::Error::Revisions => (Status::Unavailable, "disk_failed"),
+            // It is undone with the next commit, unless there is none before the next start.
+            store::Error::Disk(_) | store::Error::Slow => return Self::outcome_unknown(&error),
+            store::Error::Revisions => (Status::Unavailable, "disk_failed"),
             store::Error::Full => (Status::InsufficientStorage, "store_full"),
             store::Error::Labels => (Status::UnprocessableContent, "too_many_labels"),
-            store::Error::Slow => (Status::Unavailable, "disk_slow"),
         };
         match error {
-            // Where the file lies is nobody's business but the operator's, who has the log.
+            // Where the file lies is nobody's business but the operator's, who has the log. What is full is so before a commit counts.
             store::Error::Disk(_) => Self::new(status, code, format!("{error}; nothing was changed")),
             _ => Self::new(status, code, detail),
         }

@@ -69,7 +69,7 @@ impl fmt::Display for Error {
             Self::Full => write!(f, "the control plane keeps at most {} workloads; delete some that ended", limits::STORE_WORKLOADS_MAX),
             Self::Labels => write!(f, "a workload has at most {} labels", limits::LABELS_MAX),
             Self::Revisions => f.write_str("the disk of the control plane takes nothing"),
-            Self::Slow => f.write_str("the disk of the control plane did not answer in time; the change may be made yet"),
+            Self::Slow => f.write_str("the disk of the control plane did not answer in time"),
         }
     }
 }

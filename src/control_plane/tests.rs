@@ -344,6 +344,41 @@ fn what_never_arrived_and_is_stopped_is_failed() {
 }
 
 #[test]
+fn what_may_have_been_done_is_never_to_be_tried_again() {
+    let disk = Scripted::default();
+    let world = World::with_store(store::tests::on(&disk), limits::HISTORY_DEFAULT);
+    world.post("a");
+    world.agent.set("a", State::Running, |_| {});
+    let exec = || world.ask("POST", "/workloads/a/exec", r#"{"command":["x"]}"#);
+    let unknown = |(head, body): (String, String)| {
+        let problem: Value = serde_json::from_str(&body).expect("JSON");
+        assert_eq!((world::code(&head), &problem["code"]), (504, &json!("outcome_unknown")), "{head}\n{body}");
+        assert!(!head.contains("Retry-After"), "{head}");
+        problem["detail"].as_str().expect("text").to_owned()
+    };
+    // The connection is lost once the agent has the request.
+    world.agent.fail("Exec", Fault::Close);
+    assert_eq!(unknown(exec()), "node-1: the agent closed the connection; it may have been done");
+    assert_eq!(world.agent.asked("Exec a"), 1);
+    for code in [ErrorCode::Unavailable, ErrorCode::Internal] {
+        world.agent.fail("Exec", refusal(code));
+        unknown(exec());
+    }
+    // What the agent did not even take was not done.
+    world.agent.fail("Exec", refusal(ErrorCode::ResourceExhausted));
+    let (head, body) = exec();
+    assert!(head.contains("Retry-After: 1") && body.contains("node_full"), "{head}\n{body}");
+
+    // A commit that failed may be on disk all the same.
+    disk.is_full.store(true, Ordering::SeqCst);
+    let detail = unknown(world.ask("POST", "/workloads", &workload("b").to_string()));
+    assert!(detail.ends_with("it may have been done: b"), "{detail}");
+    unknown(world.ask("DELETE", "/workloads/a", ""));
+    disk.is_full.store(false, Ordering::SeqCst);
+    world.end();
+}
+
+#[test]
 fn a_race_for_one_id_leaves_nothing_over() {
     let world = World::new();
     thread::scope(|scope| {

@@ -8,7 +8,7 @@ use crate::http::{ChunkWriter, Request, Response, Status};
 use crate::limits;
 use crate::net;
 use crate::report::Chain;
-use crate::wire::agent::{self, LogRequest, LogStream, Reply};
+use crate::wire::agent::{self, ErrorCode, LogRequest, LogStream, Reply};
 use crate::wire::api::{ExecBody, to_json};
 use crate::workload::{State, WorkloadId};
 
@@ -47,9 +47,19 @@ impl Api {
         // The agent gives its runtime some time beyond that of the command.
         let ms = timeout_ms.saturating_add(limits::CRI_QUICK_MS_MAX).saturating_add(limits::NODE_REQUEST_MS_MAX);
         let deadline = Deadline::within_ms(ms, "Exec");
-        match node.client.request(&request, deadline).map_err(fail)? {
-            Reply::ExecResult(result) => Ok(Response::json(Status::Ok, to_json(&result))),
-            _ => Err(fail(Error::Unexpected)),
+        // Until all of the request is written, the command cannot run.
+        let mut replies = node.client.stream(&request, deadline).map_err(fail)?;
+        let unknown = |error: &dyn std::error::Error| Refusal::outcome_unknown(format_args!("{}: {}", record.node, Chain(error)));
+        match replies.next(deadline) {
+            Ok(Some(Reply::ExecResult(result))) => Ok(Response::json(Status::Ok, to_json(&result))),
+            Ok(Some(_)) => Err(unknown(&Error::Unexpected)),
+            Ok(None) => Err(unknown(&deadline.expired())),
+            // An agent that lost its runtime amidst the command says so with one of these.
+            Err(Error::Refused(reply)) if matches!(reply.code, ErrorCode::Internal | ErrorCode::Unavailable) => {
+                Err(unknown(&Error::Refused(reply)))
+            }
+            Err(error @ Error::Refused(_)) => Err(fail(error)),
+            Err(error) => Err(unknown(&error)),
         }
     }
 }

@@ -49,7 +49,12 @@ impl Api {
         let claim = self.plane.dispatch.claim(&id);
         let record = Record::new(draft.resolve(id.clone(), class), node, rejected);
         let workload = Arc::clone(&record.workload);
-        let mut record = match self.plane.store.insert(record)? {
+        let inserted = self.plane.store.insert(record).map_err(|error| {
+            let refusal = Refusal::from(error);
+            // Who knows the id can ask what became of it.
+            Refusal { detail: format!("{}: {id}", refusal.detail), ..refusal }
+        });
+        let mut record = match inserted? {
             Insertion::Existing(existing) => {
                 drop(claim);
                 let Some(existing) = self.settled(existing)? else { return Ok(None) };

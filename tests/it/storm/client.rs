@@ -487,6 +487,7 @@ impl<'a> Client<'a> {
             },
             404 if answer.problem().1 == "not_found" => Outcome::NotThere,
             409 => Outcome::Conflict(answer.problem().1),
+            504 if answer.problem().1 == "outcome_unknown" => Outcome::Silence,
             429 | 503 | 504 | 507 => Outcome::Refused,
             _ => {
                 self.storm.violated(&format!("{method} {target}: {} {}", answer.status, answer.text()));
