@@ -88,7 +88,8 @@ fn parameters(route: Route<'_>) -> &'static [&'static str] {
         Route::List => &["class", "continue", "label", "limit", "node", "state"],
         Route::Livez | Route::Readyz => &["verbose"],
         Route::Logs(_) => &["follow", "since", "stream", "tail", "timestamps"],
-        Route::Delete(_) | Route::Exec(_) | Route::Patch(_) | Route::Stop(_) => &[],
+        Route::Delete(_) => &["force"],
+        Route::Exec(_) | Route::Patch(_) | Route::Stop(_) => &[],
         Route::Later | Route::Metrics | Route::Node(_) | Route::Nodes | Route::OpenApi | Route::Version => &[],
     }
 }

@@ -100,9 +100,11 @@ pub(super) fn run(plane: &Plane) {
     while !plane.stopping.wait(limits::RECONCILE_MS) {
         trim(plane);
         let unsettled = plane.store.page(None, usize::MAX, |record| decide(record).is_some()).records;
+        // That a node is not configured is said of its workloads, too.
+        let is_heard = |node: &Name| plane.is_reachable(node) || !plane.nodes.contains_key(node);
         plane.dispatch.keep_attempts(&unsettled.iter().map(|record| &record.workload.id).collect());
         let is_due = |id: &WorkloadId, action| plane.dispatch.is_due(id, action);
-        for (id, _) in plan(unsettled.iter().map(AsRef::as_ref), |node| plane.is_reachable(node), is_due) {
+        for (id, _) in plan(unsettled.iter().map(AsRef::as_ref), is_heard, is_due) {
             plane.dispatch.nudge(id);
         }
     }
@@ -153,6 +155,10 @@ impl Plane {
             return None;
         }
         self.dispatch.note_attempt(id, action);
+        if !self.nodes.contains_key(&record.node) {
+            drop(self.trouble(&record, &Error::NoSuchNode));
+            return None;
+        }
         if self.stopping.is_set() || !self.is_reachable(&record.node) {
             return None;
         }
@@ -288,7 +294,7 @@ impl Plane {
             // Sent again, unless it ever ran: then a second start could be a second run.
             let is_known = current.is_known && !(is_unknown(error) && current.state == State::Pending && !current.has_run);
             let next = || Record { is_known, ..current.troubled(trouble_text(&record.node, error)) };
-            (!current.state.is_terminal()).then(next)
+            (!current.state.is_terminal() || current.desired == Desired::Deleted).then(next)
         })
     }
 

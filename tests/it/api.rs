@@ -664,3 +664,37 @@ fn a_name_that_was_made_to_resolve_to_us_is_told_nothing() {
     assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
 }
 
+#[test]
+fn what_is_on_a_node_that_is_not_configured_is_forgotten_by_force_alone() {
+    let place = Place::sim(&[]);
+    let agent = place.agent(&[]);
+    let mut plane = Plane::start(&place, &[&agent], &[]);
+    plane.run(&with(place.workload("runs", &["sleep", "1000"]), json!({"stop_grace_ms": 0})));
+    plane.run(&place.workload("ended", &["true"]));
+    plane.ended("ended");
+    assert_eq!(plane.ask("DELETE", "/workloads/runs?force=true", None).problem(), (409, "node_configured".into()));
+    assert_eq!(plane.ask("DELETE", "/workloads/runs?force=1x", None).problem(), (400, "bad_query".into()));
+    assert_eq!(plane.workload("runs")["state"], "Running");
+    plane.terminate();
+    let plane = Plane::start_now(&place, &[], &[]);
+    let last_error = |object: &Value| object["status"]["last_error"].as_str().unwrap_or_default().to_owned();
+    let why = format!("{}: the node is not configured any more", agent.node);
+    for id in ["runs", "ended"] {
+        let answer = plane.ask("DELETE", &format!("/workloads/{id}"), None);
+        assert_eq!((answer.status, last_error(&answer.json())), (202, why.clone()), "{id}");
+    }
+    let listed = plane.get("/workloads").json();
+    let shown: Vec<_> = listed["items"].as_array().expect("items").iter().map(last_error).collect();
+    assert_eq!(shown, [why.clone(), why.clone()]);
+    // Another start remembers the wish, and says again why nothing comes of it.
+    for id in ["runs", "ended"] {
+        let answer = plane.ask("DELETE", &format!("/workloads/{id}?force=true"), None);
+        assert_eq!(answer.status, 202, "{}", answer.text());
+        assert!(last_error(&answer.json()).contains("is left alone"), "{}", answer.text());
+        assert_eq!(plane.get(&format!("/workloads/{id}")).status, 404);
+    }
+    assert_eq!(plane.ask("DELETE", "/workloads/runs?force", None).problem(), (404, "not_found".into()));
+    assert_eq!(agent.status("runs").0, kakuri::workload::State::Running);
+    agent.delete("runs");
+    agent.delete("ended");
+}

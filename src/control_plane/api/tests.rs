@@ -147,7 +147,7 @@ fn queries_are_read_strictly() {
     check("GET /workloads/a?wait_ms=600001", 400, "bad_query");
     check("GET /workloads/a?for=ever", 400, "bad_query");
     check("POST /workloads?wait_ms=-1", 400, "bad_query");
-    check("DELETE /workloads/a?force", 400, "bad_query");
+    check("DELETE /workloads/a?force=maybe", 400, "bad_query");
     check("GET /readyz?verbose=maybe", 400, "bad_query");
     check("GET /events?since=x", 400, "bad_query");
     check("GET /events?since=1&replay", 400, "bad_query");

@@ -152,7 +152,26 @@ impl Api {
     }
 
     pub(super) fn delete(&self, call: &Call<'_>, id: &str) -> Answer {
-        self.want(call, id, Wish::Delete).map(|record| object(Status::Accepted, &record))
+        let is_forced = call.request.query_flag("force")?;
+        let record = self.record(id)?;
+        let node = &record.node;
+        let is_configured = self.plane.nodes.contains_key(node);
+        if !is_forced {
+            let record = self.want(call, id, Wish::Delete)?;
+            let told = if is_configured { None } else { self.plane.trouble(&record, &Error::NoSuchNode) };
+            return Ok(object(Status::Accepted, &told.unwrap_or(record)));
+        }
+        if is_configured {
+            let detail =
+                format!("{node} is configured, and deletes it when it answers; only what is on a node that is not is forgotten by force");
+            return Err(Refusal::new(Status::Conflict, "node_configured", detail));
+        }
+        self.plane.store.remove(&record.workload.id, record.born)?;
+        log::warn!("{id}: {} has it forgotten; what runs of it on {node}, which is not configured, is left alone", call.caller);
+        Ok(object(
+            Status::Accepted,
+            &record.troubled(format!("forgotten; what runs of it on {node}, which is not configured, is left alone")),
+        ))
     }
 
     /// Changes labels; the rest of a workload is what it was accepted as.
