@@ -15,6 +15,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use crate::limits;
+use crate::report::random_id;
 
 /// A workload as accepted: who it is, the class it runs under, and everything else.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -185,6 +186,11 @@ impl WorkloadId {
     /// [`Unfit`] when the text is not an RFC 1123 label.
     pub fn new(text: &str) -> Result<Self, Unfit> {
         label("id", text).map(Self)
+    }
+
+    /// One for a workload that nobody named: `wl-` and 12 letters and digits.
+    pub fn random() -> Self {
+        Self(format!("wl-{}", random_id()))
     }
 
     /// The text.

@@ -52,11 +52,15 @@ struct Strangers {
     ids: BTreeSet<WorkloadId>,
     /// Those the log names already.
     told: BTreeSet<WorkloadId>,
+    /// Whether the agent has named all it has.
+    is_whole: bool,
 }
 
 /// A node as last seen.
 #[derive(Clone, Debug)]
 pub(super) struct View {
+    /// Whether it was ever tried to ask its agent.
+    pub(super) was_asked: bool,
     /// Whether its agent answered last time, and under its name.
     pub(super) is_reachable: bool,
     /// Why it takes no work.
@@ -70,7 +74,7 @@ pub(super) struct View {
 impl Node {
     /// A node nobody spoke with yet.
     pub(super) fn new(name: Name, address: Address, stopping: Arc<Stopping>) -> Self {
-        let view = View { is_reachable: false, trouble: Some("no answer yet".into()), observed_at: None, node: None };
+        let view = View { was_asked: false, is_reachable: false, trouble: Some("no answer yet".into()), observed_at: None, node: None };
         let client = NodeClient::new(name.clone(), address, stopping);
         Self { name, client, view: Mutex::new(view), strangers: Mutex::default(), watching: Mutex::default() }
     }
@@ -83,6 +87,16 @@ impl Node {
     /// How many workloads it has that are not placed there.
     pub(super) fn strangers(&self) -> usize {
         self.strangers.lock().unwrap_or_else(PoisonError::into_inner).ids.len()
+    }
+
+    /// Whether a workload of this id is among them; `None` as long as its agent has not named all it has.
+    pub(super) fn has_stranger(&self, id: &WorkloadId) -> Option<bool> {
+        self.with_strangers(|strangers| if strangers.ids.contains(id) { Some(true) } else { strangers.is_whole.then_some(false) })
+    }
+
+    /// Takes a workload for one that is placed there: its agent answered for it.
+    pub(super) fn adopt(&self, id: &WorkloadId) {
+        self.with_strangers(|strangers| strangers.ids.remove(id));
     }
 
     fn with_strangers<T>(&self, act: impl FnOnce(&mut Strangers) -> T) -> T {
@@ -155,13 +169,13 @@ impl Node {
         let (is, result) = match result {
             Ok(node) => {
                 let trouble = trouble_of(&node);
-                (View { is_reachable: true, trouble, observed_at: Some(Timestamp::now()), node: Some(node) }, Ok(()))
+                (View { was_asked: true, is_reachable: true, trouble, observed_at: Some(Timestamp::now()), node: Some(node) }, Ok(()))
             }
             Err(error) => {
                 // Whoever mixed up two addresses sees what is there.
                 let node = if let Error::Somebody(node) = &error { Some(Arc::new(node.as_ref().clone())) } else { was.node.clone() };
                 let trouble = Some(clip(Chain(&error).to_string(), limits::MESSAGE_BYTES_MAX));
-                (View { is_reachable: false, trouble, node, ..was.clone() }, Err(error))
+                (View { was_asked: true, is_reachable: false, trouble, node, ..was.clone() }, Err(error))
             }
         };
         match (&was.trouble, &is.trouble) {
@@ -197,6 +211,8 @@ pub(super) fn run(plane: &Plane, node: &Node) {
                 node.note_watch_failure(&error);
             }
         }
+        // What it takes from others from now on is not heard of.
+        node.with_strangers(|strangers| strangers.is_whole = false);
         // What was well until now is looked at again soon.
         pause_ms = if was_watched { limits::NODE_PAUSE_MS_MIN } else { pause_ms.saturating_mul(2).min(limits::NODE_PAUSE_MS_MAX) };
         if plane.stopping.wait(pause_ms) {
@@ -213,7 +229,10 @@ fn watch(plane: &Plane, node: &Node, was_lost: bool, was_watched: &mut bool) -> 
     }
     plane.nudge_all_on(&node.name);
     // The list to come names those that are still there.
-    node.with_strangers(|strangers| strangers.ids.clear());
+    node.with_strangers(|strangers| {
+        strangers.ids.clear();
+        strangers.is_whole = false;
+    });
     let silence = || Deadline::within_ms(limits::WATCH_SILENCE_MS_MAX, "watch");
     // A node that is not ready, or not sure, is asked again soon: it may have begun a moment ago.
     let heartbeat = |is_sure: bool| {
@@ -265,6 +284,7 @@ fn watch(plane: &Plane, node: &Node, was_lost: bool, was_watched: &mut bool) -> 
             }
             Ok(Some(Reply::Heartbeat { .. })) => {
                 is_whole = true;
+                node.with_strangers(|strangers| strangers.is_whole = true);
                 listed = listed.filter(|listed| !is_sure_of_missing(plane, node, listed));
                 next_ask = if listed.is_some() { heartbeat(false) } else { next_ask };
                 node.tell_strangers();

@@ -265,7 +265,10 @@ impl Plane {
     /// Notes what an agent replied.
     fn take(&self, record: &Arc<Record>, reply: Reply) -> Result<Option<Arc<Record>>, Error> {
         match reply {
-            Reply::Status { id, state, status } if id == record.workload.id.as_str() => Ok(self.observe(record, state, *status)),
+            Reply::Status { id, state, status } if id == record.workload.id.as_str() => {
+                self.nodes.get(&record.node).into_iter().for_each(|node| node.adopt(&record.workload.id));
+                Ok(self.observe(record, state, *status))
+            }
             _ => Err(Error::Unexpected),
         }
     }

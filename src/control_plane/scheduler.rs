@@ -22,6 +22,8 @@ use crate::workload::{Name, Spec};
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Candidate<'a> {
     pub(super) name: &'a Name,
+    /// Where the workload is already, so that it can go nowhere else.
+    pub(super) home: Option<&'a Name>,
     /// Why it takes no work now.
     pub(super) trouble: Option<&'a str>,
     /// As its agent described it; `None` as long as it never did.
@@ -89,6 +91,9 @@ fn misfit(candidate: &Candidate<'_>, class: &Name, own_kernel: bool, spec: &Spec
 }
 
 fn find_misfit(candidate: &Candidate<'_>, class: &Name, own_kernel: bool, spec: &Spec) -> Option<String> {
+    if let Some(home) = candidate.home.filter(|home| *home != candidate.name) {
+        return Some(format!("the agent of {home} has a workload of this id"));
+    }
     if let Some(trouble) = candidate.trouble {
         return Some(format!("not ready: {trouble}"));
     }
@@ -170,7 +175,7 @@ pub(crate) mod tests {
     fn placed(nodes: &[(&str, Option<&str>, Option<Node>)], choice: &Choice, body: &str) -> String {
         let ids = names(&nodes.iter().map(|n| n.0).collect::<Vec<_>>());
         let candidates: Vec<Candidate<'_>> =
-            nodes.iter().zip(&ids).map(|(n, name)| Candidate { name, trouble: n.1, node: n.2.as_ref() }).collect();
+            nodes.iter().zip(&ids).map(|(n, name)| Candidate { name, home: None, trouble: n.1, node: n.2.as_ref() }).collect();
         match place(&candidates, choice, &draft(body).spec) {
             Ok(Placement { node, class, rejected }) => {
                 let why: Vec<String> = rejected.iter().map(|(name, why)| format!("{name}: {}", why.as_str().unwrap_or_default())).collect();
@@ -261,7 +266,7 @@ pub(crate) mod tests {
     fn reasons_are_bounded() {
         let ids: Vec<Name> = (0..limits::NODES_MAX).map(|i| Name::new(&format!("n{i}")).expect("a name")).collect();
         let offers = node("n", &["gvisor"]);
-        let nodes: Vec<Candidate<'_>> = ids.iter().map(|name| Candidate { name, trouble: None, node: Some(&offers) }).collect();
+        let nodes: Vec<Candidate<'_>> = ids.iter().map(|name| Candidate { name, home: None, trouble: None, node: Some(&offers) }).collect();
         let placement = place(&nodes, &wish(&["gvisor"]), &draft(r#"{"image":"a"}"#).spec).expect("a place");
         assert_eq!(placement.rejected.len(), limits::PLACEMENT_REASONS_MAX);
         let trouble = "x".repeat(limits::LINE_BYTES_MAX);

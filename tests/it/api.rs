@@ -665,6 +665,55 @@ fn a_name_that_was_made_to_resolve_to_us_is_told_nothing() {
 }
 
 #[test]
+fn what_runs_on_a_node_already_is_adopted_there_and_nowhere_else() {
+    let place = Place::sim(&[]);
+    let (a, mut b) = (place.agent_named("a", &[]), place.agent_named("b", &[]));
+    let mut plane = Plane::start(&place, &[&a, &b], &[]);
+    let sleeper = |id: &str| with(place.workload(id, &["sleep", "1000"]), json!({"stop_grace_ms": 0}));
+    let strangers = |plane: &Plane<'_>, agent: &Agent<'_>| plane.get(&format!("/nodes/{}", agent.node)).json()["strangers"].clone();
+    b.run(&sleeper("dup"));
+    until("it is a stranger", || strangers(&plane, &b) == json!(1));
+    let starts = || place.count("StartContainer");
+    assert_eq!(starts(), 1);
+    // In other words it is another one, which is refused, and nothing of this one is touched.
+    let answer = plane.post("/workloads", &with(sleeper("dup"), json!({"memory_mb": 99})));
+    assert_eq!(answer.problem(), (409, "workload_exists".into()));
+    assert!(answer.text().contains(&b.node), "{}", answer.text());
+    assert_eq!(plane.get("/workloads/dup").status, 404);
+    // In the same words it is that one, though the other node comes first.
+    let object = plane.run(&sleeper("dup"));
+    assert_eq!((&object["status"]["node"], &object["state"]), (&json!(b.node), &json!("Running")));
+    let why = format!("the agent of {} has a workload of this id", b.node);
+    assert_eq!(object["status"]["placement"]["rejected"], json!({a.node.as_str(): why}));
+    assert_eq!((a.list().len(), starts()), (0, 1));
+    // A store that is lost forgets it; whoever asks at once, before its agent has told of it, still gets no second one.
+    plane.terminate();
+    std::fs::rename(plane.data_dir(), place.dir.join("away")).expect("moved");
+    plane.again();
+    let object = eventually("it is adopted again", SOON_MS, || {
+        Some(plane.post("/workloads", &sleeper("dup"))).filter(|answer| answer.status == 201).map(|answer| answer.json())
+    });
+    assert_eq!((&object["status"]["node"], a.list().len(), starts()), (&json!(b.node), 0, 1));
+
+    // Which of two nobody can say.
+    a.run(&sleeper("two"));
+    b.run(&sleeper("two"));
+    until("they are strangers", || strangers(&plane, &a) == json!(1) && strangers(&plane, &b) == json!(1));
+    let answer = plane.post("/workloads", &sleeper("two"));
+    assert_eq!(answer.problem(), (409, "workload_exists".into()));
+    assert!(answer.text().contains(&format!("{}, {}", a.node, b.node)), "{}", answer.text());
+    a.delete("two");
+    until("it is gone there", || strangers(&plane, &a) == json!(0));
+    // Where the one that has it is away, it is waited for.
+    b.kill();
+    until("it is away", || plane.get(&format!("/nodes/{}", b.node)).json()["ready"] == false);
+    assert_eq!(plane.post("/workloads", &sleeper("two")).problem(), (503, "no_node".into()));
+    b.again();
+    b.delete("two");
+    until("it is gone there", || strangers(&plane, &b) == json!(0));
+}
+
+#[test]
 fn what_is_on_a_node_that_is_not_configured_is_forgotten_by_force_alone() {
     let place = Place::sim(&[]);
     let agent = place.agent(&[]);

@@ -18,7 +18,7 @@ const ARROWS: [(&str, &[&str]); 19] = [
     ("metrics", &[]),
     ("deadline", &[]),
     ("report", &["deadline"]),
-    ("workload", &["limits"]),
+    ("workload", &["limits", "report"]),
     ("wire", &["deadline", "limits", "workload"]),
     ("net", &["deadline", "limits", "report"]),
     ("http", &["deadline", "limits", "net", "report"]),

@@ -5,17 +5,18 @@ use std::sync::Arc;
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 
+use super::super::monitor::View;
 use super::super::node_client::Error;
+use super::super::profiles;
 use super::super::scheduler::{self, Candidate, Placement};
 use super::super::store::{self, Insertion, LabelPatch, Record, Wish};
-use super::super::{monitor, profiles};
 use super::selector::Selector;
 use super::{Answer, Api, CLASS_REQUIRED, Call, Refusal, body, patch_body};
 use crate::deadline::Deadline;
-use crate::http::{Request, Response, Status};
+use crate::http::{self, Response, Status};
 use crate::limits;
-use crate::report::{Chain, random_id};
-use crate::wire::agent::Until;
+use crate::report::Chain;
+use crate::wire::agent::{ErrorCode, Request, Until};
 use crate::wire::api::{Page, PatchBody, to_json};
 use crate::wire::{Problems, workload};
 use crate::workload::{Desired, Draft, Name, Spec, State, WorkloadId};
@@ -44,8 +45,9 @@ impl Api {
             return self.again(&existing, existing.is_for(&draft), wait);
         }
         let choice = profiles::choose(&draft)?;
-        let Placement { node, class, rejected } = self.place(&choice, &draft.spec)?;
-        let id = draft.id.clone().unwrap_or_else(new_id);
+        let home = draft.id.as_ref().map(|id| self.home(id)).transpose()?.flatten();
+        let Placement { node, class, rejected } = self.place(home.as_ref(), &choice, &draft.spec)?;
+        let id = draft.id.clone().unwrap_or_else(WorkloadId::random);
         let claim = self.plane.dispatch.claim(&id);
         let record = Record::new(draft.resolve(id.clone(), class), node, rejected);
         let workload = Arc::clone(&record.workload);
@@ -118,9 +120,46 @@ impl Api {
         Ok(self.plane.refresh(existing, wait).map(|record| object(Status::Ok, &record)))
     }
 
-    fn place(&self, choice: &profiles::Choice, spec: &Spec) -> Result<Placement, Refusal> {
-        let views: Vec<(&Name, monitor::View)> = self.plane.nodes.iter().map(|(name, node)| (name, node.view())).collect();
-        Ok(scheduler::place(&views.iter().map(candidate).collect::<Vec<_>>(), choice, spec)?)
+    fn place(&self, home: Option<&Name>, choice: &profiles::Choice, spec: &Spec) -> Result<Placement, Refusal> {
+        let views: Vec<(&Name, View)> = self.plane.nodes.iter().map(|(name, node)| (name, node.view())).collect();
+        let candidates: Vec<Candidate<'_>> = views.iter().map(|view| candidate(view, home)).collect();
+        Ok(scheduler::place(&candidates, choice, spec)?)
+    }
+
+    /// The node whose agent has a workload of this id that nobody here knows of: placed anywhere else, it would run twice. That agent
+    /// says whether it is the same one.
+    fn home(&self, id: &WorkloadId) -> Result<Option<Name>, Refusal> {
+        let deadline = Deadline::within_ms(limits::NODE_REQUEST_MS_MAX, "GetStatus");
+        let mut homes = Vec::new();
+        for (name, node) in &self.plane.nodes {
+            let is_there = match (node.has_stranger(id), node.view()) {
+                (Some(is_there), _) => is_there,
+                // It did not tell yet, so it is asked.
+                (None, View { is_reachable: true, .. } | View { was_asked: false, .. }) => {
+                    match node.client.request(&Request::GetStatus { id: id.clone(), wait: None }, deadline) {
+                        Ok(_) => true,
+                        Err(Error::Refused(refusal)) if refusal.code == ErrorCode::NotFound => false,
+                        Err(error @ (Error::Refused(_) | Error::Expired(_))) => return Err(unsure(name, &error)),
+                        // There is no way to it.
+                        Err(_) => false,
+                    }
+                }
+                (None, _) => false,
+            };
+            homes.extend(is_there.then_some(name));
+        }
+        match homes.as_slice() {
+            [] => Ok(None),
+            [home] => Ok(Some((*home).clone())),
+            homes => {
+                let names: Vec<&str> = homes.iter().take(limits::PLACEMENT_REASONS_MAX).map(|name| name.as_str()).collect();
+                let detail = format!(
+                    "{} each have a workload of this id that is not of this control plane; delete all but one there",
+                    names.join(", ")
+                );
+                Err(Refusal::new(Status::Conflict, "workload_exists", detail))
+            }
+        }
     }
 
     pub(super) fn get(&self, call: &Call<'_>, id: &str) -> Answer {
@@ -201,15 +240,21 @@ impl Api {
     }
 }
 
-fn candidate<'a>((name, view): &'a (&'a Name, monitor::View)) -> Candidate<'a> {
-    Candidate { name, trouble: view.trouble.as_deref(), node: view.node.as_deref() }
+fn candidate<'a>((name, view): &'a (&'a Name, View), home: Option<&'a Name>) -> Candidate<'a> {
+    Candidate { name, home, trouble: view.trouble.as_deref(), node: view.node.as_deref() }
+}
+
+/// A node that is there and cannot say whether it has a workload may have it.
+fn unsure(node: &Name, error: &Error) -> Refusal {
+    let detail = format!("{node} does not say yet whether it has a workload of this id: {}", Chain(error));
+    Refusal::new(Status::Unavailable, "no_node", detail)
 }
 
 fn object(status: Status, record: &Record) -> Response {
     Response::json(status, to_json(&record.object()))
 }
 
-fn read_draft(request: &Request) -> Result<Draft, Refusal> {
+fn read_draft(request: &http::Request) -> Result<Draft, Refusal> {
     let value = body(request)?;
     let names_no_class = value.as_object().is_some_and(|map| !map.contains_key("runtime_class") && !map.contains_key("security_profile"));
     workload::draft(value).map_err(|mut problems: Problems| {
@@ -220,13 +265,8 @@ fn read_draft(request: &Request) -> Result<Draft, Refusal> {
     })
 }
 
-/// `wl-` and 12 letters and digits.
-fn new_id() -> WorkloadId {
-    WorkloadId::new(&format!("wl-{}", random_id())).expect("base 32 in lower case is a label")
-}
-
 /// How long to hold the answer; nothing for not at all.
-fn wait_ms(request: &Request) -> Result<Option<u64>, Refusal> {
+fn wait_ms(request: &http::Request) -> Result<Option<u64>, Refusal> {
     match request.query_u64("wait_ms")? {
         Some(ms) if ms > limits::WAIT_MS_MAX => {
             Err(Refusal::bad_query(format!("query parameter wait_ms is at most {}", limits::WAIT_MS_MAX)))
@@ -246,7 +286,7 @@ struct Query {
 }
 
 impl Query {
-    fn read(request: &Request) -> Result<Self, Refusal> {
+    fn read(request: &http::Request) -> Result<Self, Refusal> {
         let name = |parameter| request.query_value(parameter).map_err(Refusal::from)?.map(Name::new).transpose().map_err(Refusal::from);
         let state = |text| {
             let states: Vec<&str> = State::ALL.iter().map(|state| state.as_str()).collect();
