@@ -255,6 +255,6 @@ impl Service for Http {
     }
 
     fn busy(&self) -> &'static [u8] {
-        http::BUSY
+        http::busy()
     }
 }

@@ -18,7 +18,7 @@ pub mod serve;
 
 pub use parse::Reject;
 pub use response::{Body, ChunkWriter, Response, Status};
-pub use serve::{BUSY, serve};
+pub use serve::{busy, serve};
 
 /// Request methods we know (RFC 9110 section 9); any other is 501.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,10 +88,17 @@ impl Request {
     }
 }
 
+/// The other end, while its request is being handled.
+pub trait Client {
+    /// Whether the client left, or the server stops: then there is nobody, or no time, to wait for. One that only closed its sending
+    /// side still waits for its answer.
+    fn is_over(&mut self) -> bool;
+}
+
 /// What answers requests.
 pub trait Handler: Send + Sync {
-    /// Answers a request.
-    fn handle(&self, request: &Request) -> Response;
+    /// Answers a request. One that takes its time looks now and then whether `client` still waits.
+    fn handle(&self, request: &Request, client: &mut dyn Client) -> Response;
 
     /// Renders the refusal of something that did not become a request; the connection is closed after it.
     fn reject(&self, reject: &Reject) -> Response;

@@ -369,6 +369,10 @@ pub const FOLLOWERS_MAX: usize = 64;
 pub const NODES_MAX: usize = 1000;
 /// Items on one page of a list.
 pub const PAGE_MAX: usize = 500;
+/// Waits, logs and commands at a time: each holds a connection for long.
+pub const HOLDS_MAX: usize = 160;
+/// Of them, those about workloads of one node, whose agent has as many connections as we.
+pub const NODE_HOLDS_MAX: usize = 96;
 /// Idle connections kept per agent.
 pub const NODE_POOL_MAX: usize = 16;
 /// Connecting to an agent.
@@ -377,7 +381,7 @@ pub const NODE_CONNECT_MS_MAX: u64 = 2000;
 pub const NODE_REQUEST_MS_MAX: u64 = 5000;
 /// Asking an agent how a workload is, before the last known truth is the answer.
 pub const NODE_STATUS_MS_MAX: u64 = 2000;
-/// How often a wait for an agent looks whether we are stopping or the client left.
+/// How often whoever waits, for an agent or for a change, looks whether we are stopping, and, but for commands, whether the client left.
 pub const NODE_WAIT_SLICE_MS: u64 = 500;
 /// Between two attempts to reach an agent, doubling from the first to the second.
 pub const NODE_PAUSE_MS_MIN: u64 = 100;
@@ -462,7 +466,11 @@ const _: () = assert!(LOG_REOPEN_MS_MAX < DRAIN_MS, "whoever rotates notices the
 const _: () = assert!(CLI_WAIT_SLICE_MS <= WAIT_MS_MAX, "the command line asks for waits that are granted");
 const _: () = assert!(HISTORY_MAX * 2 <= STORE_WORKLOADS_MAX, "ended workloads leave room for others");
 const _: () = assert!(HISTORY_DEFAULT < AGENT_WORKLOADS_MAX, "ended workloads do not fill a node");
-const _: () = assert!(FOLLOWERS_MAX * 2 < CONNECTIONS_MAX, "followers leave connections to others");
+const _: () = assert!(FOLLOWERS_MAX + HOLDS_MAX + 16 < CONNECTIONS_MAX, "what takes its time leaves connections to what is quick");
+const _: () = assert!(
+    HOLDS_MAX - NODE_HOLDS_MAX >= FOLLOWERS_MAX && NODE_HOLDS_MAX + NODE_POOL_MAX + WATCHES_MAX < CONNECTIONS_MAX / 4 * 3,
+    "a node with much to wait for leaves room to others, and its agent has connections for everything else"
+);
 const _: () = assert!(NODE_REQUEST_MS_MAX < DRAIN_MS, "a quick request to an agent ends within the drain");
 const _: () = assert!(NODE_WAIT_SLICE_MS * 4 <= DRAIN_MS, "a long wait notices the drain in time");
 const _: () = assert!(DISPATCHERS_PER_NODE_MAX * 2 < DISPATCHERS, "two nodes that hang leave a dispatcher to the others");

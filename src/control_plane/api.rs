@@ -7,6 +7,7 @@
 
 mod caller;
 mod events;
+mod holds;
 mod nodes;
 mod output;
 mod selector;
@@ -19,7 +20,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use serde_json::Value;
 
 use super::{Plane, node_client, profiles, scheduler, store};
-use crate::http::{Handler, Method, Reject, Request, Response, Status};
+use crate::http::{Client, Handler, Method, Reject, Request, Response, Status};
 use crate::limits;
 use crate::metrics;
 use crate::report::{Chain, random_id};
@@ -28,6 +29,7 @@ use crate::wire::api::{ProblemDetails, to_json};
 use crate::wire::{Problems, json};
 use crate::workload::{Name, Unfit};
 use caller::Caller;
+use holds::Holds;
 
 /// A route, with what its path names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,6 +113,7 @@ fn allowed(path: &[&str]) -> Vec<&'static str> {
 pub(super) struct Api {
     plane: Arc<Plane>,
     insecure_listen: bool,
+    holds: Arc<Holds>,
     /// Begins every request id made here, so that two starts make different ones.
     prefix: String,
     requests: AtomicU64,
@@ -120,14 +123,15 @@ pub(super) struct Api {
 struct Call<'a> {
     request: &'a Request,
     caller: Caller,
+    client: &'a mut dyn Client,
 }
 
 type Answer = Result<Response, Refusal>;
 
 impl Handler for Api {
-    fn handle(&self, request: &Request) -> Response {
+    fn handle(&self, request: &Request, client: &mut dyn Client) -> Response {
         let id = request.header("x-request-id").filter(|id| is_request_id(id)).map_or_else(|| self.next_id(), str::to_owned);
-        let answer = caller::identify(request).and_then(|caller| self.answer(&Call { request, caller }));
+        let answer = caller::identify(request).and_then(|caller| self.answer(&mut Call { request, caller, client }));
         self.finish(answer.unwrap_or_else(|refusal| refusal.response(&id)), id)
     }
 
@@ -139,10 +143,10 @@ impl Handler for Api {
 
 impl Api {
     pub(super) fn new(plane: Arc<Plane>, insecure_listen: bool) -> Self {
-        Self { plane, insecure_listen, prefix: random_id(), requests: AtomicU64::new(0) }
+        Self { plane, insecure_listen, holds: Arc::default(), prefix: random_id(), requests: AtomicU64::new(0) }
     }
 
-    fn answer(&self, call: &Call<'_>) -> Answer {
+    fn answer(&self, call: &mut Call<'_>) -> Answer {
         let request = call.request;
         let path = request.path();
         let path = match path.as_slice() {

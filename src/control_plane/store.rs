@@ -32,7 +32,7 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded};
 
-use crate::deadline::Timestamp;
+use crate::deadline::{Deadline, Timestamp};
 use crate::limits;
 use crate::workload::{Desired, State, WorkloadId};
 use commit::{Act, Order, Outcome};
@@ -316,6 +316,20 @@ impl Store {
         self.shared.poke();
         self.shared.changed.notify_all();
         Ok(after)
+    }
+
+    /// The record once it is another than `record`, or when `ms` are over; `None` when it is gone.
+    pub(super) fn await_change(&self, record: &Record, ms: u64) -> Option<Arc<Record>> {
+        let deadline = Deadline::within_ms(ms, "change");
+        let mut index = self.shared.lock();
+        loop {
+            let current = index.records.get(&record.workload.id).filter(|current| current.born == record.born)?;
+            let Ok(left) = deadline.left() else { return Some(Arc::clone(current)) };
+            if current.revision != record.revision || index.is_closed {
+                return Some(Arc::clone(current));
+            }
+            index = self.shared.changed.wait_timeout(index, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
     }
 
     /// The first `limit` records behind `after` that pass `filter`.

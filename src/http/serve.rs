@@ -11,27 +11,28 @@
 mod tests;
 
 use std::net::Shutdown;
+use std::sync::LazyLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::parse::{self, Chunks, Framing, Head, Reject, Version};
 use super::response::{Body, ChunkWriter, Delivery, Response, Status};
-use super::{Handler, Method};
-use crate::deadline::{Deadline, Timestamp};
+use super::{Client, Handler, Method};
+use crate::deadline::{Deadline, Stopwatch, Timestamp};
 use crate::limits;
 use crate::net::{self, Stream};
 use crate::report::Chain;
 
-/// A complete response for a connection that gets no slot.
-pub const BUSY: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\n\
-    Content-Type: application/problem+json\r\n\
-    Content-Length: 151\r\n\
-    Retry-After: 1\r\n\
-    X-Content-Type-Options: nosniff\r\n\
-    Cache-Control: no-store\r\n\
-    Connection: close\r\n\
-    \r\n\
-    {\"type\":\"about:blank\",\"title\":\"Service Unavailable\",\"status\":503,\"code\":\"ResourceExhausted\",\
-    \"detail\":\"all connection slots are taken, try again later\"}";
+/// A complete response for a connection that gets no slot. It has no `Date`: it is made once.
+pub fn busy() -> &'static [u8] {
+    static BUSY: LazyLock<Vec<u8>> = LazyLock::new(|| {
+        const BODY: &str = "{\"type\":\"about:blank\",\"title\":\"Service Unavailable\",\"status\":503,\"code\":\"too_many_connections\",\
+            \"detail\":\"all connection slots are taken; try again later\"}";
+        let head = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/problem+json\r\nRetry-After: 1\r\n\
+            X-Content-Type-Options: nosniff\r\nCache-Control: no-store\r\nConnection: close\r\n";
+        format!("{head}Content-Length: {}\r\n\r\n{BODY}", BODY.len()).into_bytes()
+    });
+    &BUSY
+}
 
 /// Serves `stream` to its end: a request at a time, until either side is done. When `stopping` is set, the response in the making
 /// is the last one.
@@ -122,7 +123,7 @@ impl Connection {
             let (response, delivery) = match self.receive(stopping) {
                 Ok(None) => return Ok(()),
                 Ok(Some(head)) => {
-                    let response = handler.handle(&head.request);
+                    let response = handler.handle(&head.request, &mut Asker::new(self, head.version, stopping));
                     // Asked after the handler, which may have taken its time.
                     let keep_alive = head.keep_alive && self.requests_left > 0 && !stopping.load(Ordering::SeqCst);
                     (response, Delivery { is_head: head.request.method == Method::Head, version: head.version, keep_alive })
@@ -149,7 +150,7 @@ impl Connection {
         let deadline = Deadline::within_ms(self.patience.body_ms, "body");
         if head.expects_continue && !matches!(head.framing, Framing::None | Framing::Length(0)) {
             let deadline = deadline.at_most_ms(self.patience.write_ms, "write");
-            self.stream.write_all(b"HTTP/1.1 100 Continue\r\n\r\n", deadline)?;
+            self.stream.write_all(CONTINUE, deadline)?;
         }
         let body = &mut head.request.body;
         let mut chunks = Chunks::new();
@@ -232,6 +233,76 @@ impl Connection {
         Ok(delivery.keep_alive)
     }
 }
+
+/// The client whose request is being handled.
+///
+/// One that left and one that only closed its sending side look the same until something is written. What may be written before a
+/// response is `100 Continue`, which a client that did not ask for it discards (RFC 9110 section 15.2.1): to one that left, the
+/// second of them fails.
+struct Asker<'a> {
+    stream: &'a mut Stream,
+    /// Bytes of the next requests, read meanwhile.
+    ahead: &'a mut Vec<u8>,
+    version: Version,
+    stopping: &'a AtomicBool,
+    write_ms: u64,
+    /// How often one that closed its sending side was written to, and when last.
+    probes: u32,
+    last_probe: Stopwatch,
+}
+
+/// To one that left, the first is in vain and the second fails.
+const QUICK_PROBES: u32 = 2;
+
+impl<'a> Asker<'a> {
+    fn new(connection: &'a mut Connection, version: Version, stopping: &'a AtomicBool) -> Self {
+        let Connection { stream, buffer: ahead, patience, .. } = connection;
+        Self { stream, ahead, version, stopping, write_ms: patience.write_ms, probes: 0, last_probe: Stopwatch::start() }
+    }
+
+    /// Whether nobody reads any more at the other end, whose sending side is closed.
+    fn is_gone(&mut self) -> bool {
+        // It knows no interim responses (RFC 9110 section 15.2), so nothing tells whether it is there: it gets its answer now.
+        if self.version == Version::Http10 {
+            return true;
+        }
+        let pause_ms = match self.probes {
+            0 => 0,
+            1..QUICK_PROBES => limits::HEARTBEAT_HALF_CLOSED_MS,
+            _ => limits::HEARTBEAT_MS,
+        };
+        if self.last_probe.elapsed_ms() < pause_ms {
+            return false;
+        }
+        (self.probes, self.last_probe) = (self.probes.saturating_add(1), Stopwatch::start());
+        self.stream.write_all(CONTINUE, Deadline::within_ms(self.write_ms, "write")).is_err()
+    }
+}
+
+impl Client for Asker<'_> {
+    fn is_over(&mut self) -> bool {
+        // A stopping server ends the reading side itself.
+        if self.stopping.load(Ordering::SeqCst) {
+            return true;
+        }
+        // A client that pipelines without end is there, and its bytes may wait in the socket.
+        if self.ahead.len() >= limits::HTTP_HEAD_BYTES_MAX {
+            return false;
+        }
+        let mut bytes = [0; 512];
+        match self.stream.read_ready(&mut bytes) {
+            Ok(None) => false,
+            Ok(Some(0)) => self.is_gone(),
+            Ok(Some(read)) => {
+                self.ahead.extend_from_slice(bytes.get(..read).unwrap_or_default());
+                false
+            }
+            Err(_) => true,
+        }
+    }
+}
+
+const CONTINUE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
 
 /// A stopping server ends the reading side itself, and then the request is none of the client's fault.
 fn ended_early(stopping: &AtomicBool) -> Fault {

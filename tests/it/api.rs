@@ -395,6 +395,14 @@ fn without_a_node_nothing_is_ready_and_all_is_said() {
 }
 
 #[test]
+fn a_listener_for_everybody_is_said_where_readiness_is() {
+    let place = Place::sim(&[]);
+    let agent = place.agent(&[]);
+    let plane = Plane::start(&place, &[&agent], &["--insecure-listen"]);
+    assert_eq!(plane.get("/readyz").text(), "ok\n[!]insecure-listen: whoever reaches a listener may do everything\n");
+}
+
+#[test]
 fn every_route_answers_as_the_table_says() {
     let place = Place::sim(&[]);
     let agent = place.agent(&[]);
@@ -711,6 +719,33 @@ fn what_runs_on_a_node_already_is_adopted_there_and_nowhere_else() {
     b.again();
     b.delete("two");
     until("it is gone there", || strangers(&plane, &b) == json!(0));
+}
+
+#[test]
+fn waits_that_are_abandoned_free_their_places() {
+    let place = Place::sim(&[]);
+    let agent = place.agent(&[]);
+    let plane = Plane::start(&place, &[&agent], &[]);
+    plane.run(&with(place.workload("wl-1", &["sleep", "1000"]), json!({"stop_grace_ms": 0})));
+    let poll = || {
+        let mut http = plane.http();
+        http.send(b"GET /workloads/wl-1?wait_ms=600000&for=terminal HTTP/1.1\r\nHost: localhost\r\n\r\n");
+        http
+    };
+    let polls: Vec<_> = (0..40).map(|_| poll()).collect();
+    until("all wait", || plane.connections() == 40);
+    until("no wait holds a connection to the agent", || agent.connections() <= kakuri::limits::NODE_POOL_MAX + 2);
+    drop(polls);
+    until("their places are free", || plane.connections() == 0);
+    // One that only said that it has nothing more to say is still answered.
+    let mut half_closed = poll();
+    half_closed.end();
+    until("it waits", || plane.connections() == 1);
+    let interim = half_closed.answer();
+    assert_eq!(interim.status, 100, "how one that left is noticed");
+    assert_eq!(plane.post("/workloads/wl-1/stop", &Value::Null).status, 202);
+    let answer = std::iter::repeat_with(|| half_closed.answer()).find(|answer| answer.status != 100).expect("endless");
+    assert_eq!((answer.status, answer.json()["state"].clone()), (200, json!("Failed")));
 }
 
 #[test]

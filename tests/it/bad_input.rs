@@ -539,7 +539,7 @@ fn a_client_too_many_is_told_so_and_costs_nobody_else() {
     let answer = late.answer();
     assert_eq!(
         (answer.problem(), answer.header("retry-after"), answer.header("connection")),
-        ((503, "ResourceExhausted".into()), Some("1"), Some("close"))
+        ((503, "too_many_connections".into()), Some("1"), Some("close"))
     );
     assert_eq!(clients[7].ask("GET", "/livez", &[], b"").status, 200);
 }

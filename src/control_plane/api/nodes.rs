@@ -39,11 +39,10 @@ impl Api {
         if self.plane.nodes.is_empty() {
             lines.push_str("[-]nodes: none is configured\n");
         }
-        if self.insecure_listen {
-            lines.push_str("[!]insecure-listen: whoever reaches a listener may do everything\n");
-        }
+        let warning = if self.insecure_listen { "[!]insecure-listen: whoever reaches a listener may do everything\n" } else { "" };
+        lines.push_str(warning);
         match (is_ready, call.request.query_flag("verbose")?) {
-            (true, false) => Ok(Response::text(Status::Ok, "ok\n")),
+            (true, false) => Ok(Response::text(Status::Ok, format!("ok\n{warning}"))),
             (true, true) => Ok(Response::text(Status::Ok, lines + "ready\n")),
             (false, _) => Ok(Response::text(Status::Unavailable, lines + "not ready\n").with_header("Retry-After", "1")),
         }

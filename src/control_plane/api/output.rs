@@ -1,6 +1,8 @@
 //! What comes out of a workload: its logs, and what a command in it says. Both are passed through from its agent.
 
 use super::super::node_client::{Error, Replies};
+use super::super::store::Record;
+use super::holds::Hold;
 use super::{Answer, Api, Call, Refusal, body};
 use crate::deadline::{Deadline, Timestamp};
 use crate::flags;
@@ -19,6 +21,7 @@ impl Api {
         let with_time = call.request.query_flag("timestamps")?;
         let fail = |error| Refusal::of_node(&record.node, error);
         let node = self.plane.nodes.get(&record.node).ok_or_else(|| fail(Error::NoSuchNode))?;
+        let hold = self.hold(&record)?;
         // A refusal comes at once; the first line of a quiet workload may not.
         let first_ms = if request.follow { limits::LOG_FIRST_MS } else { limits::NODE_REQUEST_MS_MAX };
         let is_followed = request.follow;
@@ -29,9 +32,19 @@ impl Api {
             return Err(fail(Error::Expired(deadline.expired())));
         }
         let id = record.workload.id.clone();
-        Ok(Response::stream("text/plain; charset=utf-8", move |writer| pass_on(&id, replies, first, with_time, writer)))
+        Ok(Response::stream("text/plain; charset=utf-8", move |writer| {
+            let _hold = hold;
+            pass_on(&id, replies, first, with_time, writer)
+        }))
     }
 
+    /// A place among those that keep a connection to an agent.
+    fn hold(&self, record: &Record) -> Result<Hold, Refusal> {
+        let detail = || format!("too many wait for logs, commands and states of {} already; try again later", record.node);
+        self.holds.take(&record.node).ok_or_else(|| Refusal::new(Status::Unavailable, "node_busy", detail()))
+    }
+
+    /// Runs a command, once. It goes on when the client leaves, for the runtime knows no way to end it: so it keeps its hold, too.
     pub(super) fn exec(&self, call: &Call<'_>, id: &str) -> Answer {
         let refuse = |problems| Refusal::problems(Status::UnprocessableContent, "invalid_exec", "the command breaks a rule", &problems);
         let ExecBody { command, timeout_ms } = ExecBody::parse(body(call.request)?).map_err(refuse)?;
@@ -47,6 +60,7 @@ impl Api {
         // The agent gives its runtime some time beyond that of the command.
         let ms = timeout_ms.saturating_add(limits::CRI_QUICK_MS_MAX).saturating_add(limits::NODE_REQUEST_MS_MAX);
         let deadline = Deadline::within_ms(ms, "Exec");
+        let _hold = self.hold(&record)?;
         // Until all of the request is written, the command cannot run.
         let mut replies = node.client.stream(&request, deadline).map_err(fail)?;
         let unknown = |error: &dyn std::error::Error| Refusal::outcome_unknown(format_args!("{}: {}", record.node, Chain(error)));

@@ -11,7 +11,7 @@ fn ask(text: &str, body: Option<&str>) -> (u16, Value, Response) {
     let running = Running::start(Vec::new(), Store::forgetful(), limits::HISTORY_DEFAULT).expect("threads");
     let mut request = request(text, body);
     request.headers.extend(body.map(|_| ("content-type".to_owned(), "application/json".to_owned())));
-    let response = Api::new(Arc::clone(&running.plane), true).handle(&request);
+    let response = Api::new(Arc::clone(&running.plane), true).handle(&request, &mut Here);
     running.stop();
     let body = match &response.body {
         Body::Full(body) => serde_json::from_slice(body).unwrap_or_else(|_| String::from_utf8_lossy(body).into_owned().into()),
@@ -36,6 +36,15 @@ fn request(text: &str, body: Option<&str>) -> Request {
         has_body_framing: body.is_some(),
         peer: "test".into(),
         is_over_loopback: true,
+    }
+}
+
+/// A client that waits for ever.
+struct Here;
+
+impl Client for Here {
+    fn is_over(&mut self) -> bool {
+        false
     }
 }
 
@@ -208,7 +217,7 @@ fn request_ids_are_echoed_or_made() {
     let seen = |given: Option<&str>| {
         let mut request = request("GET /nowhere", None);
         request.headers.extend(given.map(|id| ("x-request-id".to_owned(), id.to_owned())));
-        let response = api.handle(&request);
+        let response = api.handle(&request, &mut Here);
         let id = response.header("x-request-id").expect("an id").to_owned();
         let Body::Full(body) = response.body else { panic!("no problem") };
         assert_eq!(serde_json::from_slice::<Value>(&body).expect("JSON")["request_id"], id);

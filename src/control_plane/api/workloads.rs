@@ -27,7 +27,7 @@ const CREATE_ATTEMPTS_MAX: usize = 5;
 impl Api {
     /// Places a workload, keeps it, and hands it to its agent, in this order: what was answered 201 is never forgotten, and what
     /// the agent refuses was never accepted.
-    pub(super) fn create(&self, call: &Call<'_>) -> Answer {
+    pub(super) fn create(&self, call: &mut Call<'_>) -> Answer {
         for _ in 0..CREATE_ATTEMPTS_MAX {
             if let Some(response) = self.try_create(call)? {
                 return Ok(response);
@@ -37,12 +37,12 @@ impl Api {
     }
 
     /// `None` when the workload that had the id went away meanwhile: was deleted, or refused by its node. Then the id is free again.
-    fn try_create(&self, call: &Call<'_>) -> Result<Option<Response>, Refusal> {
+    fn try_create(&self, call: &mut Call<'_>) -> Result<Option<Response>, Refusal> {
         let wait = wait_ms(call.request)?.map(|ms| (Until::Started, ms));
         let draft = read_draft(call.request)?;
         let existing = draft.id.as_ref().and_then(|id| self.plane.store.get(id));
         if let Some(existing) = existing.map(|record| self.settled(record)).transpose()?.flatten() {
-            return self.again(&existing, existing.is_for(&draft), wait);
+            return self.again(call, &existing, existing.is_for(&draft), wait);
         }
         let choice = profiles::choose(&draft)?;
         let home = draft.id.as_ref().map(|id| self.home(id)).transpose()?.flatten();
@@ -60,7 +60,7 @@ impl Api {
             Insertion::Existing(existing) => {
                 drop(claim);
                 let Some(existing) = self.settled(existing)? else { return Ok(None) };
-                return self.again(&existing, existing.workload == workload, wait);
+                return self.again(call, &existing, existing.workload == workload, wait);
             }
             Insertion::Inserted(record) => record,
         };
@@ -89,7 +89,7 @@ impl Api {
         }
         log::info!("{id}: accepted from {} for {}", call.caller, record.node);
         if wait.is_some() && record.is_known && record.state == State::Pending {
-            record = self.plane.refresh(&record, wait).unwrap_or(record);
+            record = self.wait(call, &record, wait).unwrap_or(record);
         }
         Ok(Some(object(Status::Created, &record).with_header("Location", format!("/workloads/{id}"))))
     }
@@ -110,14 +110,20 @@ impl Api {
     }
 
     /// Answers a POST of an id that is taken; `None` when it is not any more.
-    fn again(&self, existing: &Arc<Record>, is_same: bool, wait: Option<(Until, u64)>) -> Result<Option<Response>, Refusal> {
+    fn again(
+        &self,
+        call: &mut Call<'_>,
+        existing: &Arc<Record>,
+        is_same: bool,
+        wait: Option<(Until, u64)>,
+    ) -> Result<Option<Response>, Refusal> {
         if existing.desired == Desired::Deleted {
             return Err(Refusal::new(Status::Conflict, "workload_deleting", "the workload of this id is being deleted; try again later"));
         }
         if !is_same {
             return Err(Refusal::new(Status::Conflict, "workload_exists", "another workload has this id"));
         }
-        Ok(self.plane.refresh(existing, wait).map(|record| object(Status::Ok, &record)))
+        Ok(self.wait(call, existing, wait).map(|record| object(Status::Ok, &record)))
     }
 
     fn place(&self, home: Option<&Name>, choice: &profiles::Choice, spec: &Spec) -> Result<Placement, Refusal> {
@@ -162,14 +168,46 @@ impl Api {
         }
     }
 
-    pub(super) fn get(&self, call: &Call<'_>, id: &str) -> Answer {
+    /// Asks how a workload is, and waits as long as it is not as far as asked for, its agent answers, and somebody waits for it; `None`
+    /// when it is gone. What happens meanwhile comes by the events of its agent, so that a wait holds no connection to it; it is asked
+    /// again now and then, for an event may be lost, and at the end, so that the answer is as young as it looks.
+    fn wait(&self, call: &mut Call<'_>, record: &Arc<Record>, wait: Option<(Until, u64)>) -> Option<Arc<Record>> {
+        let plane = &self.plane;
+        // Where too many wait, there is no waiting: the answer is the same, only earlier.
+        let hold = wait.and_then(|_| self.holds.take(&record.node));
+        let (until, ms) = wait.filter(|_| hold.is_some()).unwrap_or((Until::Started, 0));
+        let deadline = Deadline::within_ms(ms, "wait");
+        let mut record = Arc::clone(record);
+        loop {
+            let (after, is_answered) = plane.inquire(&record, None);
+            record = after?;
+            if !is_answered || until.is_reached(record.state) || deadline.left().is_err() {
+                return Some(record);
+            }
+            let ask_again = deadline.at_most_ms(limits::HEARTBEAT_MS, "wait");
+            while ask_again.left().is_ok() {
+                if plane.stopping.is_set() || call.client.is_over() {
+                    return Some(record);
+                }
+                record = plane.store.await_change(&record, ask_again.left_ms().min(limits::NODE_WAIT_SLICE_MS))?;
+                if until.is_reached(record.state) {
+                    return Some(record);
+                }
+                if !plane.nodes.get(&record.node).is_some_and(|node| node.view().is_reachable) {
+                    break;
+                }
+            }
+        }
+    }
+
+    pub(super) fn get(&self, call: &mut Call<'_>, id: &str) -> Answer {
         let until = match call.request.query_value("for")? {
             None => Until::Started,
             Some(text) => Until::parse(text).ok_or_else(|| Refusal::bad_query("query parameter for is running or terminal"))?,
         };
         let wait = wait_ms(call.request)?.map(|ms| (until, ms));
         let record = self.record(id)?;
-        let record = self.plane.refresh(&record, wait).ok_or_else(|| Refusal::not_found("workload"))?;
+        let record = self.wait(call, &record, wait).ok_or_else(|| Refusal::not_found("workload"))?;
         Ok(object(Status::Ok, &record))
     }
 

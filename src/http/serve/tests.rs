@@ -13,7 +13,7 @@ struct Echo {
 }
 
 impl Handler for Echo {
-    fn handle(&self, request: &Request) -> Response {
+    fn handle(&self, request: &Request, client: &mut dyn Client) -> Response {
         self.bodies.lock().expect("no panics").push(request.body.clone());
         match request.path().as_slice() {
             ["stream"] => Response::stream("text/plain", |out| {
@@ -28,6 +28,20 @@ impl Handler for Echo {
                 }
                 Ok(())
             }),
+            ["until-left"] => {
+                while !client.is_over() {
+                    thread::park_timeout(std::time::Duration::from_millis(5));
+                }
+                Response::text(Status::Ok, "over")
+            }
+            ["looks", count] => {
+                let count: u32 = count.parse().expect("a number");
+                let overs = (0..count).filter(|_| {
+                    thread::park_timeout(std::time::Duration::from_millis(limits::HEARTBEAT_HALF_CLOSED_MS / 4));
+                    client.is_over()
+                });
+                Response::text(Status::Ok, overs.count().to_string())
+            }
             ["big"] => Response::full(Status::Ok, "application/octet-stream", vec![b'x'; 8 << 20]),
             path => Response::text(Status::Ok, format!("{} /{} {}", request.method.as_str(), path.join("/"), request.body.len())),
         }
@@ -328,9 +342,54 @@ fn an_idle_connection_holds_little() {
 
 #[test]
 fn busy_is_a_whole_response() {
-    let responses = split(std::str::from_utf8(BUSY).expect("text"));
+    let responses = split(std::str::from_utf8(busy()).expect("text"));
     assert_eq!(responses.len(), 1);
     assert!(responses.iter().all(|(code, body)| code == "503" && body.starts_with('{') && body.ends_with("later\"}")), "{responses:?}");
+    assert!(responses[0].1.contains("\"code\":\"too_many_connections\""), "{responses:?}");
+}
+
+/// What two ends of a TCP connection say, of which the client's is handed to `act`.
+fn over_tcp(act: impl FnOnce(std::net::TcpStream) + Send) {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let client = std::net::TcpStream::connect(listener.local_addr().expect("bound")).expect("connected");
+    let server = connection(Stream::Tcp(listener.accept().expect("a client").0));
+    thread::scope(|scope| {
+        scope.spawn(|| act(client));
+        server.run(&Echo::default(), &AtomicBool::new(false));
+    });
+}
+
+#[test]
+fn a_handler_learns_that_its_client_left() {
+    // Ends only when that is noticed.
+    over_tcp(|mut client| std::io::Write::write_all(&mut client, b"GET /until-left HTTP/1.1\r\nHost: h\r\n\r\n").expect("written"));
+}
+
+#[test]
+fn a_client_that_only_closed_its_sending_side_still_waits() {
+    let answers = |request: &'static [u8]| {
+        let (said, heard) = std::sync::mpsc::channel();
+        over_tcp(move |mut client| {
+            std::io::Write::write_all(&mut client, request).expect("written");
+            client.shutdown(Shutdown::Write).expect("connected");
+            let mut text = String::new();
+            std::io::Read::read_to_string(&mut client, &mut text).expect("text");
+            said.send(split(&text)).expect("heard");
+        });
+        heard.recv().expect("said")
+    };
+    let go_on = || ("100".to_owned(), String::new());
+    let responses = answers(b"GET /looks/20 HTTP/1.1\r\nHost: h\r\n\r\n");
+    assert_eq!(responses, [go_on(), go_on(), ("200".into(), "0".into())]);
+    // It cannot be asked, so it is not kept waiting.
+    assert_eq!(answers(b"GET /looks/3 HTTP/1.0\r\n\r\n"), [("200".to_owned(), "3".to_owned())]);
+}
+
+#[test]
+fn what_a_client_sends_meanwhile_is_answered_afterwards() {
+    let responses = talk("GET /looks/2 HTTP/1.1\r\nHost: h\r\nConnection: keep-alive\r\n\r\nGET /a HTTP/1.1\r\nHost: h\r\n\r\n");
+    let responses: Vec<_> = split(&responses).into_iter().filter(|(code, _)| code != "100").collect();
+    assert_eq!(responses, [("200".to_owned(), "0".to_owned()), ("200".to_owned(), "GET /a 0".to_owned())]);
 }
 
 /// xorshift64 (Marsaglia 2003).
