@@ -55,6 +55,8 @@ enum Error {
     Body { path: PathBuf, cause: io::Error },
     /// The control plane, or the way to it.
     Client(client::Error),
+    /// A workload was posted, and nobody knows whether it was accepted.
+    Doubt { id: WorkloadId, cause: client::Error },
     /// A command whose exit code is the workload's has none.
     Ours(Box<Error>),
     /// `kakuri play`.
@@ -70,6 +72,9 @@ impl fmt::Display for Error {
         match self {
             Self::Body { path, .. } => write!(f, "{}", path.display()),
             Self::Client(error) => error.fmt(f),
+            Self::Doubt { id, cause } => {
+                write!(f, "{cause}\n{id} may have been accepted: 'kakuri get {id}' tells, and the same again with --id {id} does no harm")
+            }
             Self::Ours(error) => error.fmt(f),
             Self::Play(error) => error.fmt(f),
             Self::Stdout(_) => f.write_str("stdout"),
@@ -83,6 +88,8 @@ impl std::error::Error for Error {
         match self {
             Self::Body { cause, .. } | Self::Stdout(cause) => Some(cause),
             Self::Client(error) => error.source(),
+            // It stands in the text, before the hint.
+            Self::Doubt { .. } => None,
             Self::Ours(error) => error.source(),
             Self::Play(error) => error.source(),
             Self::Timeout { .. } => None,
@@ -105,7 +112,7 @@ impl Error {
         complain(PROGRAM, &Chain(self));
         match self {
             Self::Body { .. } => Exit::Usage,
-            Self::Client(error) => error.exit(),
+            Self::Client(error) | Self::Doubt { cause: error, .. } => error.exit(),
             Self::Ours(_) => Exit::Ours,
             Self::Play(error) => error.exit(),
             Self::Stdout(_) => Exit::General,
@@ -117,7 +124,7 @@ impl Error {
         match self {
             Self::Stdout(cause) => cause.kind() == io::ErrorKind::BrokenPipe,
             Self::Ours(error) => error.is_closed_stdout(),
-            Self::Body { .. } | Self::Client(_) | Self::Play(_) | Self::Timeout { .. } => false,
+            Self::Body { .. } | Self::Client(_) | Self::Doubt { .. } | Self::Play(_) | Self::Timeout { .. } => false,
         }
     }
 }
@@ -127,16 +134,21 @@ fn perform(Invocation { server, output, command }: Invocation) -> Result<Exit, E
     let name = output.unwrap_or(Output::Name);
     let client = || Client::new(&server).map_err(Error::Client);
     match command {
-        Command::Delete { id, wait, timeout_ms } => {
+        Command::Delete { id, force, wait, timeout_ms } => {
             let client = client()?;
-            client.delete(&path(&id))?;
+            if force {
+                let forgotten = client.delete(&client::query(&path(&id), &[("force", "true".to_owned())]))?;
+                complain(id.as_str(), &show::at(&forgotten, "/status/last_error"));
+            } else {
+                client.delete(&path(&id))?;
+            }
             if wait {
                 wait_until_gone(&client, &id, limit(timeout_ms))?;
             }
             say(&if name == Output::Json { show::json(&json!({"id": id.as_str()})) } else { id.to_string() })
         }
         Command::Exec { id, command, timeout_ms } => {
-            client().and_then(|client| exec(&client, &id, &command, timeout_ms)).map_err(|error| Error::Ours(Box::new(error)))
+            client().and_then(|client| exec(&client, &id, &command, timeout_ms, output)).map_err(|error| Error::Ours(Box::new(error)))
         }
         Command::Events { query } => {
             let stream = client()?.stream(&client::query("/events", &query), Patience::PerRead)?;
@@ -241,15 +253,44 @@ fn list(client: &Client, path: &str, filters: &[(&str, String)]) -> Result<Vec<V
     }
 }
 
+/// Posts a workload. Its id is known before, so that of a connection that is lost it is known which one may be there, and the same may
+/// be posted again: once, for whoever does not answer then either is asked by a person.
 fn post(client: &Client, body: &Body) -> Result<(WorkloadId, Value), Error> {
     let bytes = match body {
         Body::File(path) => File::open(path).and_then(read_body).map_err(|cause| Error::Body { path: path.clone(), cause })?,
         Body::Spec(spec) => spec.to_string().into_bytes(),
         Body::Stdin => read_body(io::stdin()).map_err(|cause| Error::Body { path: Path::new("stdin").to_owned(), cause })?,
     };
-    let workload = client.post("/workloads", &bytes, 0)?;
+    let (bytes, id) = named(bytes);
+    let send = || client.post("/workloads", &bytes, 0);
+    let mut sent = send();
+    let is_lost = id.is_some() && sent.as_ref().is_err_and(client::Error::is_lost_connection);
+    if is_lost {
+        thread::sleep(Duration::from_millis(limits::CLI_POLL_MS_MIN));
+        sent = send();
+    }
+    let workload = sent.map_err(|cause| match id {
+        // After a first one that may have arrived, only a rule that is broken says that there is nothing.
+        Some(id) if cause.leaves_doubt() || (is_lost && !cause.is_rule()) => Error::Doubt { id, cause },
+        _ => Error::Client(cause),
+    })?;
     let id = WorkloadId::new(&show::at(&workload, "/id")).map_err(|_| client.unlike())?;
     Ok((id, workload))
+}
+
+/// The JSON of a workload with the id it is posted under, which is made here where it names none. It is changed as text: what is wrong
+/// with it otherwise is for the control plane to say, which is not told of any id then.
+fn named(mut bytes: Vec<u8>) -> (Vec<u8>, Option<WorkloadId>) {
+    let Ok(Value::Object(spec)) = serde_json::from_slice(&bytes) else { return (bytes, None) };
+    if let Some(id) = spec.get("id") {
+        let id = id.as_str().and_then(|id| WorkloadId::new(id).ok());
+        return (bytes, id);
+    }
+    let id = WorkloadId::random();
+    let comma = if spec.is_empty() { "" } else { "," };
+    let begin = bytes.iter().position(|byte| *byte == b'{').map_or(0, |at| at + 1);
+    bytes.splice(begin..begin, format!("\"id\":\"{id}\"{comma}").into_bytes());
+    (bytes, Some(id))
 }
 
 /// Reads a byte more than the control plane takes, so that it and not we say what is too long.
@@ -363,9 +404,14 @@ fn passed_on(code: i64) -> Exit {
     Exit::Workload(u8::try_from(code).unwrap_or(u8::MAX))
 }
 
-fn exec(client: &Client, id: &WorkloadId, command: &[String], timeout_ms: u64) -> Result<Exit, Error> {
+fn exec(client: &Client, id: &WorkloadId, command: &[String], timeout_ms: u64, output: Option<Output>) -> Result<Exit, Error> {
     let body = json!({"command": command, "timeout_ms": timeout_ms}).to_string();
     let answer = client.post(&format!("{}/exec", path(id)), body.as_bytes(), timeout_ms)?;
+    let exit =
+        answer.pointer("/exit_code").and_then(Value::as_i64).map_or(Exit::Ours, |code| if code == 0 { Exit::Ok } else { passed_on(code) });
+    if output == Some(Output::Json) {
+        return say(&show::json(&answer)).map(|_| exit);
+    }
     let base64 = answer.pointer("/encoding").and_then(Value::as_str) == Some("base64");
     let bytes = |pointer: &str| {
         let text = answer.pointer(pointer).and_then(Value::as_str).unwrap_or_default();
@@ -380,7 +426,7 @@ fn exec(client: &Client, id: &WorkloadId, command: &[String], timeout_ms: u64) -
         complain(PROGRAM, &format_args!("output was cut at {} bytes", limits::EXEC_OUTPUT_BYTES_MAX));
     }
     written.map_err(Error::Stdout)?;
-    Ok(answer.pointer("/exit_code").and_then(Value::as_i64).map_or(Exit::Ours, |code| if code == 0 { Exit::Ok } else { passed_on(code) }))
+    Ok(exit)
 }
 
 fn wait_until_gone(client: &Client, id: &WorkloadId, deadline: Deadline) -> Result<(), Error> {
@@ -448,6 +494,33 @@ mod tests {
         check("Failed", json!(256), Exit::Workload(255));
         check("Failed", json!(-1), Exit::Workload(255));
         check("Failed", json!(null), Exit::Ours);
+    }
+
+    #[test]
+    fn a_workload_without_a_name_gets_one() {
+        let check = |text: &str| {
+            let (bytes, id) = named(text.as_bytes().to_vec());
+            let spec: Value = serde_json::from_slice(&bytes).expect("JSON");
+            assert_eq!(spec["id"].as_str(), id.as_ref().map(WorkloadId::as_str), "{text}");
+            assert!(id.is_some_and(|id| id.as_str().starts_with("wl-") && id.as_str().len() == 15), "{text}");
+            spec
+        };
+        check("{}");
+        check(" \n{ }");
+        assert_eq!(check(r#"{"image":"a{b","env":{"id":"x"}}"#)["image"], "a{b");
+        let same = |text: &str, expect: Option<&str>| {
+            let (bytes, id) = named(text.as_bytes().to_vec());
+            assert_eq!((bytes.as_slice(), id.as_ref().map(WorkloadId::as_str)), (text.as_bytes(), expect), "{text}");
+        };
+        same(r#"{"id":"a"}"#, Some("a"));
+        same(r#"{"id":"A"}"#, None);
+        same(r#"{"id":null}"#, None);
+        same("[]", None);
+        same("{", None);
+        same("", None);
+        // What stands twice is still there twice, for the control plane to refuse.
+        let (bytes, _) = named(br#"{"image":"a","image":"b"}"#.to_vec());
+        assert!(bytes.ends_with(br#","image":"a","image":"b"}"#));
     }
 
     #[test]

@@ -7,6 +7,8 @@
 //! Invariant: every problem names where the value came from: `--flag`, `KAKURI_VARIABLE` or `file:line`.
 //! Invariant: a key this version does not know is an error, never ignored.
 
+mod defaults;
+
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::File;
@@ -26,9 +28,14 @@ use crate::limits;
 use crate::net::{Address, address};
 use crate::report;
 use crate::workload::{Name, Unfit, check_label};
+use defaults::agent_listen;
+pub(crate) use defaults::control_plane_listen;
 
 /// CRI sockets looked for when none is configured, the best one first: Edera, containerd, CRI-O.
 pub const CRI_SOCKETS: [&str; 3] = ["/var/lib/edera/protect/cri.socket", "/run/containerd/containerd.sock", "/run/crio/crio.sock"];
+
+/// Where a control plane listens when nobody says.
+pub const CONTROL_PLANE_LISTEN: &str = control_plane_listen!();
 
 /// What the agent is told.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -263,7 +270,9 @@ impl From<flags::Error> for Error {
 
 const CONFIG: Flag = Flag::short("c", "config", Takes::Value("FILE"), "read this TOML file");
 const CHECK_CONFIG: Flag = Flag::long("check-config", Takes::Nothing, "check the configuration and leave");
-const LISTEN: Flag = Flag::short("l", "listen", Takes::Values("ADDR"), "IP:PORT or unix:///PATH; repeatable");
+const fn listen(about: &'static str) -> Flag {
+    Flag::short("l", "listen", Takes::Values("ADDR"), about)
+}
 const INSECURE_LISTEN: Flag = Flag::long("insecure-listen", Takes::Nothing, "let other machines connect, without TLS");
 const LOG_LEVEL: Flag = Flag::long("log-level", Takes::Value("LEVEL"), report::LEVELS);
 const READY_FILE: Flag = Flag::long("ready-file", Takes::Value("FILE"), "write the addresses there once they are served");
@@ -277,7 +286,7 @@ const AGENT: Usage = Usage::new(
         CONFIG,
         CHECK_CONFIG,
         Flag::long("node-id", Takes::Value("ID"), "this node's name"),
-        LISTEN,
+        listen(concat!("IP:PORT or unix:///PATH; repeatable; else ", agent_listen!())),
         INSECURE_LISTEN,
         Flag::long("cri-endpoint", Takes::Value("unix:///PATH"), "the CRI runtime; else Edera, containerd, CRI-O"),
         Flag::long("runtime-class", Takes::Values("NAME=HANDLER[@ENDPOINT]"), "offer this class; repeatable"),
@@ -301,7 +310,7 @@ const AGENT: Usage = Usage::new(
         READY_FILE,
         UNTIL_EOF,
     ]],
-    "kakuri-agent --node-id node-1 --listen 127.0.0.1:9000 --runtime-class gvisor=runsc",
+    concat!("kakuri-agent --node-id node-1 --listen ", agent_listen!(), " --runtime-class gvisor=runsc"),
 );
 
 const CONTROL_PLANE: Usage = Usage::new(
@@ -311,7 +320,7 @@ const CONTROL_PLANE: Usage = Usage::new(
     &[&[
         CONFIG,
         CHECK_CONFIG,
-        LISTEN,
+        listen(concat!("IP:PORT or unix:///PATH; repeatable; else ", control_plane_listen!())),
         INSECURE_LISTEN,
         Flag::long("node", Takes::Values("ID=ADDR"), "an agent; repeatable"),
         Flag::long("data-dir", Takes::Value("DIR"), "the control plane's store; else a directory of the system's or the user's"),
@@ -322,7 +331,7 @@ const CONTROL_PLANE: Usage = Usage::new(
         READY_FILE,
         UNTIL_EOF,
     ]],
-    "kakuri-control-plane --listen 127.0.0.1:8080 --node node-1=127.0.0.1:9000",
+    concat!("kakuri-control-plane --listen ", control_plane_listen!(), " --node node-1=", agent_listen!()),
 );
 
 /// The agent's file.
@@ -436,7 +445,7 @@ fn agent_in(args: &[String], environment: Environment) -> Result<Parsed<AgentCon
     let (mut reader, raw) = Reader::open::<RawAgent>(matches)?;
     let node_id = reader.required("node-id", raw.node_id, Name::new);
     let insecure_listen = reader.switch("insecure-listen", raw.insecure_listen);
-    let listen = reader.listen(&raw.listen, "127.0.0.1:9000", insecure_listen);
+    let listen = reader.listen(&raw.listen, agent_listen!(), insecure_listen);
     let cri_endpoint = reader.one("cri-endpoint", raw.cri_endpoint, address::unix_path);
     let classes = reader.classes(raw.runtime_classes);
     let state_dir = reader.state_dir("state-dir", raw.state_dir, AGENT.command);
@@ -519,7 +528,7 @@ pub fn control_plane_in(args: &[String], environment: Environment) -> Result<Par
         _ => Err(Unfit("only auth = \"local\" is in this version; \"token\" and \"mtls\" are not".into())),
     });
     let insecure_listen = reader.switch("insecure-listen", raw.web.insecure_listen);
-    let listen = reader.listen(raw.web.listen.as_slice(), "127.0.0.1:8080", insecure_listen);
+    let listen = reader.listen(raw.web.listen.as_slice(), CONTROL_PLANE_LISTEN, insecure_listen);
     let nodes = reader.nodes(raw.nodes);
     let data_dir = reader.state_dir("data-dir", raw.data_dir, CONTROL_PLANE.command);
     let history_max = u64::try_from(limits::HISTORY_MAX).unwrap_or(u64::MAX);

@@ -39,6 +39,7 @@ pub(super) enum Error {
 #[derive(Debug)]
 pub(super) struct Refusal {
     pub(super) status: u16,
+    code: String,
     detail: String,
     /// JSON pointers, and what is wrong there.
     errors: Vec<(String, String)>,
@@ -98,6 +99,37 @@ impl Error {
                 _ => Exit::General,
             },
         }
+    }
+
+    /// Whether the connection was lost when what was asked may have been on its way.
+    pub(super) fn is_lost_connection(&self) -> bool {
+        match self {
+            Self::Broken { .. } => true,
+            Self::Unreachable { cause, .. } => match &**cause {
+                ureq::Error::Io(error) => error.kind() != io::ErrorKind::ConnectionRefused,
+                ureq::Error::Protocol(_) => true,
+                _ => false,
+            },
+            Self::Answer { .. } | Self::Refused(_) | Self::Server { .. } => false,
+        }
+    }
+
+    /// Whether nobody knows if what was asked is done.
+    pub(super) fn leaves_doubt(&self) -> bool {
+        match self {
+            Self::Refused(refusal) => refusal.code == "outcome_unknown",
+            Self::Unreachable { cause, .. } => match &**cause {
+                ureq::Error::Timeout(phase) => !matches!(phase, ureq::Timeout::Resolve | ureq::Timeout::Connect),
+                _ => self.is_lost_connection(),
+            },
+            Self::Answer { .. } | Self::Broken { .. } => true,
+            Self::Server { .. } => false,
+        }
+    }
+
+    /// Whether the control plane said no, and will say so again.
+    pub(super) fn is_rule(&self) -> bool {
+        matches!(self, Self::Refused(refusal) if refusal.status < 500)
     }
 
     /// Whether the thing asked about is not there.
@@ -232,7 +264,7 @@ impl Client {
         let detail = detail.unwrap_or_else(|| format!("{} answered {status}", self.server));
         let errors = problem.pointer("/errors").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
         let errors = errors.iter().map(|error| (show::at(error, "/pointer"), show::at(error, "/detail"))).collect();
-        Error::Refused(Box::new(Refusal { status: status.as_u16(), detail, errors }))
+        Error::Refused(Box::new(Refusal { status: status.as_u16(), code: show::at(&problem, "/code"), detail, errors }))
     }
 }
 

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use serde_json::{Map, Value, json};
 
 use super::show::Output;
+use crate::config::control_plane_listen;
 use crate::deadline::Timestamp;
 use crate::flags::{self, Environment, Error, Flag, Matches, Parsed, Takes, Usage, duration_ms, number};
 use crate::limits;
@@ -25,7 +26,7 @@ pub(super) struct Invocation {
 /// One command.
 #[derive(Debug)]
 pub(super) enum Command {
-    Delete { id: WorkloadId, wait: bool, timeout_ms: Option<u64> },
+    Delete { id: WorkloadId, force: bool, wait: bool, timeout_ms: Option<u64> },
     Events { query: Vec<(&'static str, String)> },
     Exec { id: WorkloadId, command: Vec<String>, timeout_ms: u64 },
     Get { id: WorkloadId },
@@ -80,7 +81,10 @@ pub(super) struct Play {
     pub(super) simulator: bool,
 }
 
-const SERVER: &[Flag] = &[Flag::long("server", Takes::Value("URL"), "the control plane; else KAKURI_ADDR, else http://127.0.0.1:8080")];
+/// Where a control plane is, as long as nobody says.
+const DEFAULT_SERVER: &str = concat!("http://", control_plane_listen!());
+const SERVER: &[Flag] =
+    &[Flag::long("server", Takes::Value("URL"), concat!("the control plane; else KAKURI_ADDR, else http://", control_plane_listen!()))];
 const OUTPUT: &[Flag] = &[Flag::short("o", "output", Takes::Value("FORMAT"), "json, table or name")];
 const TIMEOUT: Flag = Flag::long("timeout", Takes::Value("DURATION"), "give up after this; else never");
 
@@ -111,7 +115,7 @@ run --wait and exec exit as the workload does, and with 125 when they could not 
 );
 
 const RUN_SPEC: &[Flag] = &[
-    Flag::long("id", Takes::Value("ID"), "its name; else the control plane makes one"),
+    Flag::long("id", Takes::Value("ID"), "its name; else one is made here"),
     Flag::short("i", "image", Takes::Value("IMAGE"), "the OCI image; or the first word"),
     Flag::short("c", "class", Takes::Value("CLASS"), "the runtime class"),
     Flag::long("profile", Takes::Value("NAME"), "the security profile that chooses the class"),
@@ -189,7 +193,15 @@ const DELETE: Usage = Usage::new(
     "kakuri delete",
     "ID",
     "Stops a workload and forgets it.",
-    &[&[Flag::long("wait", Takes::Nothing, "return when it is gone"), TIMEOUT], OUTPUT, SERVER],
+    &[
+        &[
+            Flag::long("force", Takes::Nothing, "forget one on a node that is not configured any more; what runs there is left alone"),
+            Flag::long("wait", Takes::Nothing, "return when it is gone"),
+            TIMEOUT,
+        ],
+        OUTPUT,
+        SERVER,
+    ],
     "kakuri delete wl-123 --wait",
 );
 
@@ -214,7 +226,7 @@ const EXEC: Usage = Usage::new(
     "kakuri exec",
     "ID -- COMMAND...",
     "Runs a command inside a workload, and exits as it does.",
-    &[&[Flag::long("timeout", Takes::Value("DURATION"), "how long it may run; else 30s")], SERVER],
+    &[&[Flag::long("timeout", Takes::Value("DURATION"), "how long it may run; else 30s")], OUTPUT, SERVER],
     "kakuri exec wl-123 -- uname -r",
 );
 
@@ -277,7 +289,10 @@ const COMMANDS: &[(Usage, Make)] = &[
     (GET, |m| Ok(Command::Get { id: id(m)? })),
     (LIST, list),
     (STOP, |m| Ok(Command::Stop { id: id(m)?, wait: m.present("wait"), timeout_ms: timeout(m)? })),
-    (DELETE, |m| Ok(Command::Delete { id: id(m)?, wait: m.present("wait"), timeout_ms: timeout(m)? })),
+    (DELETE, |m| {
+        let (force, wait) = (m.present("force"), m.present("wait"));
+        Ok(Command::Delete { id: id(m)?, force, wait, timeout_ms: timeout(m)? })
+    }),
     (LOGS, logs),
     (EXEC, exec),
     (WAIT, |m| Ok(Command::Wait { id: id(m)?, goal: m.parsed("for", Goal::parse)?.unwrap_or(Goal::Terminal), timeout_ms: timeout(m)? })),
@@ -309,11 +324,10 @@ pub(super) fn parse(args: &[String], environment: Environment) -> Result<Parsed<
         Parsed::Special(text) => return Ok(Parsed::Special(text)),
         Parsed::Run(matches) => matches,
     };
-    let variable = || environment("KAKURI_ADDR").or_else(|| environment("KAKURI_SERVER"));
-    let server = matches.one("server").or_else(|| top.one("server")).or_else(variable);
+    let server = matches.one("server").or_else(|| top.one("server")).or_else(|| environment("KAKURI_ADDR"));
     let command = make(&matches)?;
     let output = matches.parsed("output", Output::parse)?;
-    Ok(Parsed::Run(Invocation { server: server.unwrap_or_else(|| "http://127.0.0.1:8080".into()), output, command }))
+    Ok(Parsed::Run(Invocation { server: server.unwrap_or_else(|| DEFAULT_SERVER.into()), output, command }))
 }
 
 fn find(word: &str) -> Result<&'static (Usage, Make), Error> {

@@ -20,7 +20,7 @@ use signal_hook::consts::{SIGCHLD, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use super::command::Play;
-use crate::config::{self, CRI_SOCKETS, ControlPlaneConfig};
+use crate::config::{self, CONTROL_PLANE_LISTEN, CRI_SOCKETS, ControlPlaneConfig};
 use crate::deadline::Deadline;
 use crate::flags::Parsed;
 use crate::limits;
@@ -128,7 +128,7 @@ impl Project {
         write_new(&directory.join(".gitignore"), "/data/\n/certs/\n")?;
         let name = name_of(&directory);
         let runtime = format!(
-            "[runtime]\nname = \"{name}\"\nsite = \"default-site\"\n\n[runtime.web]\nlisten = \"127.0.0.1:8080\"\nauth = \"local\"\n\n\
+            "[runtime]\nname = \"{name}\"\nsite = \"default-site\"\n\n[runtime.web]\nlisten = \"{CONTROL_PLANE_LISTEN}\"\nauth = \"local\"\n\n\
              [runtime.log]\nlevel = \"info\"\n"
         );
         if write_new(&directory.join("runtime.toml"), &runtime)? {
@@ -428,7 +428,7 @@ mod tests {
         let project = Project::open(&directory).expect("a bundle");
         let config = project.config().expect("a valid runtime.toml");
         assert_eq!(config.name.as_str(), name_of(&directory));
-        assert_eq!(config.listen, [Address::parse("127.0.0.1:8080").expect("valid")]);
+        assert_eq!(config.listen, [Address::parse(CONTROL_PLANE_LISTEN).expect("valid")]);
         for secret in ["data", "certs"] {
             let mode = directory.join(secret).metadata().expect("a directory").permissions().mode();
             assert_eq!(mode & 0o777, 0o700, "{secret}");

@@ -1,6 +1,7 @@
 //! The command line, as a script sees it: stdout, stderr, exit code.
 
-use std::io::Write;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpListener;
 use std::process::{Command, Output, Stdio};
 
 use serde_json::{Value, json};
@@ -107,6 +108,8 @@ fn each_command_does_its_part() {
     let said = kakuri(&["exec", "web", "--", "sh", "-c", "echo out; echo err >&2; exit 3"]);
     assert_eq!((said.code, said.out.as_str(), said.err.as_str()), (Some(3), "out\n", "err\n"));
     assert_eq!(kakuri(&["exec", "web", "--", "true"]).code, Some(0));
+    let said = kakuri(&["exec", "-o", "json", "web", "--", "sh", "-c", "echo out; exit 3"]);
+    assert_eq!((said.code, said.json()["stdout"].clone(), said.json()["exit_code"].clone()), (Some(3), json!("out\n"), json!(3)));
     let said = kakuri(&["exec", "web", "--", "/no/such/program"]);
     assert_eq!((said.code, said.out.as_str()), (Some(125), ""), "{said:?}");
     let said = kakuri(&["exec", "web", "--timeout", "1s", "--", "sleep", "60"]);
@@ -130,6 +133,8 @@ fn each_command_does_its_part() {
     let said = kakuri(&["version"]);
     assert_eq!((said.code, said.out.matches(version).count()), (Some(0), 2), "{said:?}");
 
+    let said = kakuri(&["delete", "--force", "web"]);
+    assert_eq!((said.code, said.err.contains("is configured")), (Some(5), true), "{said:?}");
     let said = kakuri(&["delete", "web", "--wait"]);
     assert_eq!((said.code, said.out.as_str()), (Some(0), "web\n"), "{said:?}");
     for words in [&["get", "web"][..], &["stop", "web"], &["delete", "web"], &["logs", "web"], &["wait", "web"], &["nodes", "nobody"]] {
@@ -306,4 +311,77 @@ fn play_makes_a_project_once() {
     assert!(made("runtime.toml") && made("data") && made("certs") && made(".gitignore"));
     let text = std::fs::read_to_string(dir.join("demo/runtime.toml")).expect("made");
     assert!(text.contains("name = \"demo\"") && text.contains("127.0.0.1:8080"), "{text}");
+}
+
+/// Hears as many requests as there are words, and answers those that are to be; what was asked.
+fn control_plane_that_hangs_up(answers: &[bool], ask: impl FnOnce(&str) -> Said) -> (Vec<Value>, Said) {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let url = format!("http://{}", listener.local_addr().expect("bound"));
+    std::thread::scope(|scope| {
+        let heard = scope.spawn(|| {
+            answers
+                .iter()
+                .map(|is_answered| {
+                    let (mut stream, _) = listener.accept().expect("a client");
+                    let mut reader = BufReader::new(stream.try_clone().expect("a descriptor"));
+                    let (mut line, mut length) = (String::new(), 0);
+                    while reader.read_line(&mut line).expect("text") > 2 {
+                        length = line
+                            .to_ascii_lowercase()
+                            .strip_prefix("content-length: ")
+                            .map_or(length, |n| n.trim().parse().expect("a number"));
+                        line.clear();
+                    }
+                    let mut body = vec![0; length];
+                    reader.read_exact(&mut body).expect("a body");
+                    let spec: Value = serde_json::from_slice(&body).expect("JSON");
+                    if *is_answered {
+                        let answer = with(spec.clone(), json!({"state": "Pending"})).to_string();
+                        let head = format!("HTTP/1.1 201 Created\r\nContent-Length: {}\r\n\r\n", answer.len());
+                        stream.write_all([head, answer].concat().as_bytes()).expect("written");
+                    }
+                    spec
+                })
+                .collect()
+        });
+        let said = ask(&url);
+        (heard.join().expect("it was asked as often"), said)
+    })
+}
+
+#[test]
+fn a_post_whose_answer_is_lost_is_sent_once_more_under_the_same_id() {
+    let run = |url: &str| Said::from(command(CLI).args(["--server", url, "run", "--class", "native", "busybox"]).output().expect("runs"));
+    let (heard, said) = control_plane_that_hangs_up(&[false, true], run);
+    assert_eq!(heard[0], heard[1]);
+    let id = heard[0]["id"].as_str().expect("an id");
+    assert_eq!((said.code, said.out.as_str()), (Some(0), format!("{id}\n").as_str()), "{said:?}");
+    let (heard, said) = control_plane_that_hangs_up(&[false, false], run);
+    let id = heard[0]["id"].as_str().expect("an id");
+    assert_eq!((said.code, said.out.as_str(), heard[1]["id"].as_str()), (Some(6), "", Some(id)), "{said:?}");
+    assert!(said.err.contains(&format!("kakuri get {id}")), "{said:?}");
+}
+
+#[test]
+fn a_control_plane_that_dies_over_a_run_leaves_an_id_to_ask_for() {
+    let place = Place::sim(&[]);
+    let agent = place.agent(&[]);
+    let mut plane = Plane::start(&place, &[&agent], &[]);
+    plane.terminate();
+    plane.again_to_die_at("control_plane-insert-after");
+    plane.wait_until_ready();
+    let run = |plane: &Plane<'_>, more: &[&str]| {
+        let words = ["run", "--class", place.class, "--grace", "0s", "--memory", "64"];
+        kakuri(plane, &[&words, more, &[IMAGE, "--", "sleep", "1000"]].concat())
+    };
+    let said = run(&plane, &[]);
+    assert_eq!((said.code, said.out.as_str()), (Some(6), ""), "{said:?}");
+    let id = said.err.split_whitespace().find(|word| word.starts_with("wl-")).expect("an id").to_owned();
+    plane.wait_for_end();
+    plane.again();
+    plane.wait_until_ready();
+    // It was accepted; whoever asks again under that id gets the same one.
+    assert_eq!(kakuri(&plane, &["wait", &id, "--for", "running"]).code, Some(0));
+    assert_eq!(run(&plane, &["--id", &id]).out, format!("{id}\n"));
+    assert_eq!((kakuri(&plane, &["list", "-o", "name"]).out, place.count("StartContainer")), (format!("{id}\n"), 1));
 }
