@@ -3,32 +3,36 @@
 use std::fs;
 use std::io::Read;
 
-/// Marsaglia's xorshift; good enough to be unfair.
+/// SplitMix64 (Steele, Lea, Flood 2014): every seed is another sequence, also 2 and 3, and none of them is all zeros.
 pub struct Dice(u64);
 
 impl Dice {
     /// Dice that show how to throw them again: `KAKURI_SEED=0x..`.
     pub fn new() -> Self {
-        let given = std::env::var("KAKURI_SEED").ok().and_then(|text| u64::from_str_radix(text.trim_start_matches("0x"), 16).ok());
-        let seed = given.unwrap_or_else(|| {
-            let mut bytes = [0; 8];
-            fs::File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut bytes)).expect("randomness");
-            u64::from_le_bytes(bytes)
-        });
+        let seed = std::env::var("KAKURI_SEED").map_or_else(
+            |_| {
+                let mut bytes = [0; 8];
+                fs::File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut bytes)).expect("randomness");
+                u64::from_le_bytes(bytes)
+            },
+            // Other dice than those that were asked for would prove something else.
+            |text| seed_of(&text).unwrap_or_else(|| panic!("KAKURI_SEED={text:?} is neither 0x.. nor a number")),
+        );
         println!("KAKURI_SEED={seed:#x}");
-        Self(seed | 1)
+        Self(seed)
     }
 
     /// Others that these begin, for another thread.
     pub fn fork(&mut self) -> Self {
-        Self(self.next() | 1)
+        Self(self.next())
     }
 
     pub fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = self.0;
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ (mixed >> 31)
     }
 
     /// A number below `end`.
@@ -81,6 +85,11 @@ impl Dice {
     }
 }
 
+/// A seed as it is shown, or as a decimal number.
+fn seed_of(text: &str) -> Option<u64> {
+    text.strip_prefix("0x").map_or_else(|| text.parse().ok(), |hex| u64::from_str_radix(hex, 16).ok())
+}
+
 /// What parsers stumble over.
 const TOKENS: [&[u8]; 22] = [
     b"\r\n",
@@ -106,3 +115,23 @@ const TOKENS: [&[u8]; 22] = [
     b"\\u0000",
     b"Transfer-Encoding: chunked\r\n",
 ];
+
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_two_seeds_are_the_same_dice() {
+        let mut seen = std::collections::BTreeSet::new();
+        for seed in 0..64 {
+            let mut dice = Dice(seed);
+            assert!(seen.insert((0..4).map(|_| dice.below(1 << 30)).collect::<Vec<_>>()), "{seed}");
+            assert_ne!(dice.fork().next(), dice.next());
+        }
+        // As published for seed 1234567.
+        assert_eq!(Dice(1_234_567).next(), 6_457_827_717_110_365_317);
+        let seeds = [("0x10", Some(16)), ("16", Some(16)), ("", None), ("0x", None), ("x", None), ("1e3", None), ("-1", None)];
+        for (text, expect) in seeds {
+            assert_eq!(seed_of(text), expect, "{text}");
+        }
+    }
+}
