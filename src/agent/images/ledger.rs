@@ -162,6 +162,8 @@ pub(super) struct Ledger {
 impl Ledger {
     /// What the file says; nothing, and a warning, when it cannot be believed.
     pub(super) fn read(path: PathBuf) -> Self {
+        // Half of what an agent was killed over writing; what is not needed any more is not written any more either.
+        let _ = fs::remove_file(new_of(&path)); // There is none as a rule, and the next write replaces one that stays.
         let (images, intents) = match load(&path) {
             Ok(loaded) => loaded,
             Err(error) if error.kind() == io::ErrorKind::NotFound => Default::default(),
@@ -471,12 +473,17 @@ fn load(path: &Path) -> io::Result<Loaded> {
     Ok((images, intents))
 }
 
+/// Where a file is written before it takes its place.
+fn new_of(path: &Path) -> PathBuf {
+    path.with_extension("json.new")
+}
+
 /// Writes a file so that whoever reads it, after whatever happened, finds the old one or the new one.
 pub(super) fn write(path: &Path, text: &str) -> io::Result<()> {
     failpoint::pass("agent-images-before");
     let dir = path.parent().unwrap_or(Path::new("."));
     fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
-    let new = path.with_extension("json.new");
+    let new = new_of(path);
     let mut file = OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&new)?;
     file.write_all(text.as_bytes())?;
     file.sync_all()?;
@@ -559,9 +566,11 @@ mod tests {
         let (to, contents) = first.contents();
         let text = contents.text();
         write(&to, &text).expect("written");
+        fs::write(new_of(&path), &text[..9]).expect("written");
         let mut second = ledger(&path);
         assert_eq!((second.images.len(), second.intents.len()), (1, 1));
         assert_eq!(second.contents().1.text(), text);
+        assert!(!new_of(&path).exists(), "what was not finished is left");
         for cut in 0..text.len() {
             fs::write(&path, &text[..cut]).expect("written");
             assert!(ledger(&path).images.is_empty(), "{cut}");
