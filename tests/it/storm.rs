@@ -7,11 +7,14 @@
 //! The history (`storm.log` beside the daemons' logs) has a line for each request and each change of the weather.
 
 mod client;
+mod follower;
 mod model;
+mod tally;
+mod view;
 mod weather;
 mod witness;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -19,18 +22,15 @@ use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use kakuri::cri::proto::{ContainerState, PodSandboxConfig, PodSandboxMetadata, PodSandboxState};
-use kakuri::cri::runtime::{LABEL_NODE, LABEL_WORKLOAD};
+use kakuri::cri::proto::{PodSandboxConfig, PodSandboxMetadata, PodSandboxState};
 use kakuri::deadline::Stopwatch;
-use kakuri::wire::agent::Object;
-use kakuri::workload::State;
-use serde_json::Value;
 
 use crate::harness::dice::Dice;
 use crate::harness::place::{Lab, soon};
 use crate::harness::{Agent, Place, Plane, within};
-use client::{Client, Presence, Slot};
-use model::is_restarting;
+use client::{Client, Slot};
+use tally::Tally;
+use view::View;
 use weather::World;
 
 /// How long all may take to agree once the weather is fair. The longest pause anybody makes between two attempts is 30 s.
@@ -42,6 +42,7 @@ const PROGRESS_MS: u64 = 10_000;
 pub struct Storm {
     is_over: AtomicBool,
     operations: AtomicUsize,
+    tally: Tally,
     violation: Mutex<Option<String>>,
     harmed: Mutex<BTreeSet<String>>,
     plane_killed_ms: AtomicU64,
@@ -69,6 +70,7 @@ impl Storm {
         self.plane_killed_ms.store(self.now_ms(), Ordering::SeqCst);
     }
 
+    /// A request was answered, and not refused.
     fn count(&self) {
         self.operations.fetch_add(1, Ordering::Relaxed);
     }
@@ -121,13 +123,14 @@ fn what_was_acknowledged_stays_true_and_at_the_end_all_agree() {
     if dice.below(2) == 0 {
         agents.push(agent(&places[1], "c"));
     }
-    brave(&places, agents, &mut dice, seconds(5), (5, 2));
+    let operations = brave(&places, agents, &mut dice, seconds(5), (5, 2));
     for (place, id) in places.iter().zip(foreign) {
         let is_there = place.cri().pod_sandbox_status(&id, soon()).is_ok_and(|s| s.state() == PodSandboxState::SandboxReady);
         assert!(is_there, "storm: violation: the sandbox of somebody else was touched");
         place.cri().stop_pod_sandbox(&id, soon()).expect("stopped");
         place.cri().remove_pod_sandbox(&id, soon()).expect("removed");
     }
+    println!("storm: {operations} operations, 0 violations");
 }
 
 mod lab {
@@ -141,21 +144,26 @@ mod lab {
                 return println!("SKIPPED the storm on the lab: set KAKURI_LAB_DIR=DIR of scripts/lab");
             }
             let agents = vec![agent(place, "a"), agent(place, "b")];
-            brave(std::slice::from_ref(place), agents, &mut Dice::new(), seconds(40), (3, 1));
+            let operations = brave(std::slice::from_ref(place), agents, &mut Dice::new(), seconds(40), (3, 1));
+            println!("storm: {operations} operations, 0 violations");
         });
     }
 }
 
 fn seconds(default: u64) -> u64 {
-    std::env::var("KAKURI_STORM_SECONDS").ok().and_then(|text| text.parse().ok()).unwrap_or(default)
+    // A shorter storm than the one that was asked for would prove less than it says.
+    let given = |text: String| text.parse().unwrap_or_else(|error| panic!("KAKURI_STORM_SECONDS={text:?}: {error}"));
+    std::env::var("KAKURI_STORM_SECONDS").map_or(default, given)
 }
 
-/// A storm over these runtimes and agents, with so many clients of HTTP and of the line protocol, and the calm after it.
-fn brave<'a>(places: &'a [Place], agents: Vec<Agent<'a>>, dice: &mut Dice, seconds: u64, clients: (usize, usize)) {
+/// A storm over these runtimes and agents, with so many clients of HTTP and of the line protocol, and the calm after it; how many
+/// requests were answered.
+fn brave<'a>(places: &'a [Place], agents: Vec<Agent<'a>>, dice: &mut Dice, seconds: u64, clients: (usize, usize)) -> usize {
     let plane = Plane::start(&places[0], &agents.iter().collect::<Vec<_>>(), &[]);
     let storm = Storm {
         is_over: AtomicBool::new(false),
         operations: AtomicUsize::new(0),
+        tally: Tally::default(),
         violation: Mutex::default(),
         harmed: Mutex::default(),
         plane_killed_ms: AtomicU64::new(0),
@@ -165,10 +173,18 @@ fn brave<'a>(places: &'a [Place], agents: Vec<Agent<'a>>, dice: &mut Dice, secon
     };
     println!("storm: {seconds} s, {} nodes", agents.len());
     let mut world = World::new(places, agents, plane);
-    let (slots, mut seen) = rage(&storm, &mut world, dice, seconds, clients);
+    let (mut slots, mut seen) = rage(&storm, &mut world, dice, seconds, clients);
     storm.check();
     world.calm(&storm);
-    settle(&storm, &world, &slots, &mut seen);
+    settle(&storm, &world, &mut slots, &mut seen);
+    let counts = storm.tally.counts();
+    let looks: Vec<String> = seen.iter().map(|seen| seen.looks.to_string()).collect();
+    println!("storm: counted {}; {} looks", tally::summary(&counts), looks.join(" and "));
+    let missing = tally::missing(&counts, seconds, storm.on_lab);
+    assert!(missing.is_empty(), "storm: violation: too little happened to prove anything: at least {}", missing.join(", "));
+    // A look takes some ten milliseconds of an idle machine.
+    let least = usize::try_from(seconds / 2).unwrap_or(usize::MAX);
+    assert!(seen.iter().all(|seen| seen.looks >= least), "storm: violation: nobody looked: {looks:?} times, at least {least}");
     for name in ["a", "b", "c", "plane", "sim"] {
         for place in places {
             let log = std::fs::read_to_string(place.dir.join(&format!("{name}.log"))).unwrap_or_default();
@@ -177,8 +193,7 @@ fn brave<'a>(places: &'a [Place], agents: Vec<Agent<'a>>, dice: &mut Dice, secon
         }
     }
     drop(world);
-    let operations = storm.operations.load(Ordering::Relaxed);
-    println!("storm: {operations} operations, 0 violations");
+    storm.operations.load(Ordering::Relaxed)
 }
 
 fn agent<'a>(place: &'a Place, name: &str) -> Agent<'a> {
@@ -210,12 +225,17 @@ fn rage(
             clients.push(Client::http(storm, format!("h{i}"), dice.fork(), world.plane.address, nodes.clone()));
         }
         for i in 0..line_clients {
-            let agent = &world.agents[i % world.agents.len()];
-            clients.push(Client::line(storm, format!("l{i}"), dice.fork(), agent.address.clone()));
+            let home = i % world.agents.len();
+            clients.push(Client::line(storm, format!("l{i}"), dice.fork(), home, world.agents[home].address.clone()));
         }
         let clients: Vec<_> = clients.into_iter().map(|client| scope.spawn(move || client.run())).collect();
         let endpoints: Vec<_> = world.places.iter().map(|place| place.endpoint().to_owned()).collect();
         let witnesses: Vec<_> = endpoints.into_iter().map(|path| scope.spawn(move || witness::watch(storm, &path))).collect();
+        let plane = world.plane.address;
+        scope.spawn(move || follower::follow_plane(storm, plane));
+        for address in world.agents.iter().map(Agent::tcp) {
+            scope.spawn(move || follower::follow_agent(storm, address));
+        }
         // Should the weather itself break, the others must still be let go.
         let weather = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             let mut progress = PROGRESS_MS;
@@ -241,30 +261,40 @@ fn rage(
 
 /// The weather is fair: all must agree within a bound, everything acknowledged must be accounted for, and when all is deleted nothing
 /// may be left.
-fn settle(storm: &Storm, world: &World<'_>, slots: &[Slot], seen: &mut [witness::Seen]) {
-    let mut problem = String::new();
+fn settle(storm: &Storm, world: &World<'_>, slots: &mut [Slot], seen: &mut [witness::Seen]) {
+    let mut problem = "somebody does not answer".to_owned();
+    let mut restarts = None;
     let agreed = within(CALM_MS, || {
         let view = View::of(world)?;
-        problem = view.disagreement(storm, slots)?;
-        problem.is_empty().then_some(())
+        match view.check(slots, restarts.get_or_insert_with(|| view.restarts())) {
+            Ok(()) => Some(view),
+            Err(found) => {
+                problem = found;
+                None
+            }
+        }
     });
     storm.check();
-    assert!(agreed.is_some(), "storm: violation: no agreement within {CALM_MS} ms of fair weather: {problem}");
+    let view = agreed.unwrap_or_else(|| panic!("storm: violation: no agreement within {CALM_MS} ms of fair weather: {problem}"));
+    storm.write("all agree");
+    for slot in slots.iter_mut() {
+        let Some((state, status)) = view.said(slot).cloned() else { continue };
+        if let Err(rule) = slot.close(storm, state, status) {
+            storm.violated(&format!("at the end, {}: {rule}", slot.id));
+        }
+    }
     for (seen, place) in seen.iter_mut().zip(world.places) {
         seen.look(storm, place.endpoint());
-        seen.read_calls(&place.calls());
-        println!("storm: a witness looked {} times and saw {} workloads", seen.looks, seen.ran.len());
+        if !storm.on_lab {
+            seen.read_calls(&place.calls());
+            assert!(seen.starts > 0, "storm: violation: no start is in the log of calls: its words have changed");
+        }
     }
     storm.check();
-    for slot in slots {
-        let ran: BTreeSet<&String> = seen.iter().filter_map(|s| s.ran.get(&slot.id)).flat_map(|uids| uids.values().flatten()).collect();
-        assert!(
-            ran.len() <= slot.lives || is_restarting(&slot.id),
-            "storm: violation: {} was accepted {} times and ran as {ran:?}",
-            slot.id,
-            slot.lives
-        );
+    if let Err(rule) = witness::judge(seen, slots) {
+        storm.violated(&rule);
     }
+    storm.check();
     remove_all(world);
 }
 
@@ -282,140 +312,4 @@ fn remove_all(world: &World<'_>) {
         left.is_empty().then_some(())
     });
     assert!(gone.is_some(), "storm: violation: everything was deleted, and this is left: {left}");
-}
-
-/// The three views that must be one.
-struct View {
-    /// The agents' nodes.
-    nodes: Vec<String>,
-    /// What the control plane says.
-    stored: BTreeMap<String, Value>,
-    /// What each agent says.
-    known: Vec<BTreeMap<String, Object>>,
-    /// Sandboxes of each agent's node: workload, sandbox, ready.
-    sandboxes: Vec<Vec<(String, String, bool)>>,
-    /// Containers of each agent's node: workload, container, state.
-    containers: Vec<Vec<(String, String, ContainerState)>>,
-}
-
-impl View {
-    fn of(world: &World<'_>) -> Option<Self> {
-        let mut stored = BTreeMap::new();
-        let mut after = String::new();
-        loop {
-            let page = world.plane.get(&format!("/workloads?limit=500{after}")).json();
-            for item in page["items"].as_array()? {
-                stored.insert(item["id"].as_str()?.to_owned(), item.clone());
-            }
-            match page["continue"].as_str() {
-                Some(token) => after = format!("&continue={token}"),
-                None => break,
-            }
-        }
-        let id_of = |object: &Object| object.spec["id"].as_str().unwrap_or_default().to_owned();
-        let list = |agent: &Agent<'_>| Some(agent.try_list().ok()?.into_iter().map(|o| (id_of(&o), o)).collect());
-        let known = world.agents.iter().map(list).collect::<Option<_>>()?;
-        let of = |labels: &BTreeMap<String, String>, name: &str| labels.get(name).cloned().unwrap_or_default();
-        let (mut sandboxes, mut containers) = (Vec::new(), Vec::new());
-        for agent in &world.agents {
-            let cri = world.places.iter().find(|p| agent.node.starts_with(&p.node))?.cri();
-            let all = cri.list_pod_sandbox(Default::default(), soon()).ok()?;
-            let mine = all.into_iter().filter(|s| of(&s.labels, LABEL_NODE) == agent.node);
-            sandboxes
-                .push(mine.map(|s| (of(&s.labels, LABEL_WORKLOAD), s.id.clone(), s.state() == PodSandboxState::SandboxReady)).collect());
-            let all = cri.list_containers(Default::default(), soon()).ok()?;
-            let mine = all.into_iter().filter(|c| of(&c.labels, LABEL_NODE) == agent.node);
-            containers.push(mine.map(|c| (of(&c.labels, LABEL_WORKLOAD), c.id.clone(), c.state())).collect());
-        }
-        let nodes = world.agents.iter().map(|agent| agent.node.clone()).collect();
-        Some(Self { nodes, stored, known, sandboxes, containers })
-    }
-
-    /// What does not fit together; empty when all does.
-    fn disagreement(&self, storm: &Storm, slots: &[Slot]) -> Option<String> {
-        for slot in slots.iter().filter(|slot| slot.id.starts_with('h')) {
-            let is_there = self.stored.contains_key(&slot.id);
-            match slot.presence {
-                Presence::Present if !is_there => return Some(format!("{} was accepted and is not in the store", slot.id)),
-                Presence::Leaving { is_accepted: true } | Presence::Absent if is_there && !slot.is_loose() => {
-                    return Some(format!("{} was deleted and is in the store: {}", slot.id, self.stored[&slot.id]));
-                }
-                _ => {}
-            }
-        }
-        for (id, item) in &self.stored {
-            let state = item["state"].as_str().and_then(State::parse)?;
-            let node = item["status"]["node"].as_str()?;
-            let Some(at) = self.nodes.iter().position(|n| n == node) else { return Some(format!("{id} is on {node}, which is none")) };
-            match self.known[at].get(id) {
-                // It may be on the way from one run to the next for ever.
-                Some(_) if is_restarting(id) => {}
-                _ if state == State::Pending => return Some(format!("{id} is still pending: {item}")),
-                _ if item["status"]["phase"] == "Stopping" => return Some(format!("{id} is still stopping: {item}")),
-                Some(object) if object.state != state || object.status.exit_code.map(i64::from) != item["status"]["exit_code"].as_i64() => {
-                    return Some(format!("{id} in the store: {item}; at its agent: {object:?}"));
-                }
-                Some(_) => {}
-                // The control plane says of what its node refused for good that it failed.
-                None if state.is_terminal() && item["status"]["container_id"].is_null() => {}
-                None => return Some(format!("{id} is in the store and not at its agent: {item}")),
-            }
-        }
-        for (at, known) in self.known.iter().enumerate() {
-            for (id, object) in known {
-                if id.starts_with('h') && !self.stored.contains_key(id) {
-                    return Some(format!("{id} is at an agent and not in the store: {object:?}"));
-                }
-                let node = self.stored.get(id).and_then(|item| item["status"]["node"].as_str());
-                if node.is_some_and(|node| self.nodes.iter().position(|n| n == node) != Some(at)) {
-                    return Some(format!("{id} is at an agent that is not its own: {object:?}"));
-                }
-                if let Some(problem) = self.differs(at, id, object) {
-                    return Some(problem);
-                }
-            }
-            let unwanted = self.sandboxes[at].iter().map(|(id, sandbox, _)| (id, sandbox)).find(|(id, _)| !known.contains_key(*id));
-            if let Some((id, sandbox)) = unwanted {
-                return Some(format!("sandbox {sandbox} of {id} is wanted by nobody"));
-            }
-        }
-        storm.write("all agree");
-        Some(String::new())
-    }
-
-    /// What an agent says of a workload against what its runtime has.
-    fn differs(&self, at: usize, id: &str, object: &Object) -> Option<String> {
-        let sandboxes: Vec<_> = self.sandboxes[at].iter().filter(|(of, ..)| of == id).collect();
-        let containers: Vec<_> = self.containers[at].iter().filter(|(of, ..)| of == id).collect();
-        if is_restarting(id) {
-            let running = containers.iter().filter(|(.., state)| *state == ContainerState::ContainerRunning).count();
-            return (running > 1).then(|| format!("{id} runs {running} times: {containers:?}"));
-        }
-        let fits = match object.state {
-            State::Pending => false,
-            State::Running => {
-                let sandbox = object.status.sandbox_id.as_deref();
-                let container = object.status.container_id.as_deref();
-                matches!(sandboxes.as_slice(), [(_, s, true)] if sandbox == Some(s))
-                    && matches!(containers.as_slice(), [(_, c, ContainerState::ContainerRunning)] if container == Some(c))
-            }
-            State::Succeeded | State::Failed => {
-                sandboxes.len() <= 1
-                    && sandboxes.iter().all(|(.., is_ready)| !is_ready)
-                    && containers.iter().all(|(.., state)| *state == ContainerState::ContainerExited)
-            }
-        };
-        (!fits).then(|| format!("{id} at its agent: {object:?}; at the runtime: {sandboxes:?} {containers:?}"))
-    }
-
-    /// Whatever is left anywhere.
-    fn left(&self) -> String {
-        let stored: Vec<_> = self.stored.keys().collect();
-        let known: Vec<_> = self.known.iter().flat_map(BTreeMap::keys).collect();
-        let sandboxes: Vec<_> = self.sandboxes.iter().flatten().collect();
-        if stored.is_empty() && known.is_empty() && sandboxes.is_empty() {
-            return String::new();
-        }
-        format!("store {stored:?}, agents {known:?}, runtimes {sandboxes:?}")
-    }
 }

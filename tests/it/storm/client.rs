@@ -3,16 +3,19 @@
 //! An answer that did not come leaves a request of unknown fate, which a daemon that was paused may still carry out later. So an id
 //! with such a request is never used for another workload ("loose"); what was acknowledged of it counts all the same.
 
+use std::io::ErrorKind;
 use std::net::SocketAddr;
 
+use kakuri::deadline::Timestamp;
 use kakuri::net::Address;
-use kakuri::wire::agent::{ErrorCode, LogLine, Reply};
+use kakuri::wire::agent::{ErrorCode, ErrorReply, LogLine, Reply};
 use kakuri::wire::status::Status;
 use kakuri::workload::State;
 use serde_json::{Value, json};
 
 use super::Storm;
-use super::model::{Meddling, Told, Wish, check_each_line, check_lines, is_restarting};
+use super::model::{Fate, Meddling, Told, Wish, check_each_line, check_lines, check_lines_left, is_restarting};
+use super::tally;
 use crate::harness::dice::Dice;
 use crate::harness::http::Answer;
 use crate::harness::{Http, Line, brief};
@@ -44,8 +47,14 @@ pub struct Slot {
     pub presence: Presence,
     pub told: Told,
     pub meddling: Meddling,
+    /// The agent it is asked of; `None`: the control plane.
+    pub home: Option<usize>,
     /// A request of it has an unknown fate.
     is_loose: bool,
+    /// One of those would accept it, and may yet.
+    is_late: bool,
+    /// The acceptance of this moment is to end: its stop was acknowledged.
+    must_end: Option<Timestamp>,
     /// When the request was sent whose answer was noted last.
     asked_ms: u64,
     now_ms: u64,
@@ -54,6 +63,8 @@ pub struct Slot {
     may_be_older: bool,
     /// How many acceptances it may have had.
     pub lives: usize,
+    /// How many containers one of them may have run.
+    pub runs_max: usize,
 }
 
 /// Who acts.
@@ -62,6 +73,8 @@ pub struct Client<'a> {
     name: String,
     dice: Dice,
     front: Front,
+    /// The agent it speaks with.
+    home: Option<usize>,
     /// Nodes that may be asked for by name.
     nodes: Vec<String>,
     slots: Vec<Slot>,
@@ -81,6 +94,8 @@ enum Outcome {
     /// It is not there.
     NotThere,
     Accepted,
+    /// It will be done.
+    Begun,
     /// It is there in other words, or may not be there yet again.
     Conflict(String),
     /// No, and nothing was done.
@@ -91,16 +106,16 @@ enum Outcome {
 impl<'a> Client<'a> {
     /// One that speaks with the control plane.
     pub fn http(storm: &'a Storm, name: String, dice: Dice, address: SocketAddr, nodes: Vec<String>) -> Self {
-        Self::new(storm, name, dice, Front::Http(address), nodes)
+        Self::new(storm, name, dice, Front::Http(address), None, nodes)
     }
 
-    /// One that speaks with an agent.
-    pub fn line(storm: &'a Storm, name: String, dice: Dice, address: Address) -> Self {
-        Self::new(storm, name, dice, Front::Line { address, line: None }, Vec::new())
+    /// One that speaks with an agent, the one of this number.
+    pub fn line(storm: &'a Storm, name: String, dice: Dice, home: usize, address: Address) -> Self {
+        Self::new(storm, name, dice, Front::Line { address, line: None }, Some(home), Vec::new())
     }
 
-    fn new(storm: &'a Storm, name: String, dice: Dice, front: Front, nodes: Vec<String>) -> Self {
-        let mut client = Self { storm, name, dice, front, nodes, slots: Vec::new(), retired: Vec::new(), ids: 0 };
+    fn new(storm: &'a Storm, name: String, dice: Dice, front: Front, home: Option<usize>, nodes: Vec<String>) -> Self {
+        let mut client = Self { storm, name, dice, front, home, nodes, slots: Vec::new(), retired: Vec::new(), ids: 0 };
         for _ in 0..SLOTS {
             let slot = client.new_slot();
             client.slots.push(slot);
@@ -114,18 +129,7 @@ impl<'a> Client<'a> {
         let id = format!("{}-{}{policy}", self.name, self.ids);
         let wish = Wish::any(&mut self.dice, &id, &self.nodes, self.storm.on_lab);
         let meddling = Meddling { is_real: self.storm.on_lab, ..Meddling::default() };
-        Slot {
-            id,
-            wish,
-            presence: Presence::Absent,
-            told: Told::default(),
-            meddling,
-            is_loose: false,
-            asked_ms: 0,
-            now_ms: 0,
-            may_be_older: false,
-            lives: 0,
-        }
+        Slot { meddling, home: self.home, ..Slot::new(id, wish) }
     }
 
     /// Acts until the storm is over; all ids it ever used.
@@ -152,7 +156,6 @@ impl<'a> Client<'a> {
         slot.meddling.is_harmed = self.storm.is_harmed(&slot.id);
         slot.may_be_older = matches!(self.front, Front::Http(_)) && slot.asked_ms <= self.storm.plane_killed_ms();
         slot.now_ms = self.storm.now_ms();
-        self.storm.count();
         let is_over = slot.told.state().is_some_and(State::is_terminal);
         match (slot.presence, self.dice.below(20)) {
             (Presence::Absent, 0..=3) => self.get(slot),
@@ -185,13 +188,14 @@ impl<'a> Client<'a> {
         if slot.presence == Presence::Absent && slot.lives > 0 {
             slot.wish = Wish::any(&mut self.dice, &slot.id, &self.nodes, self.storm.on_lab);
         }
-        if matches!(slot.presence, Presence::Absent | Presence::Leaving { .. }) {
-            slot.lives += 1;
-        }
+        slot.runs_max = slot.runs_max.max(slot.wish.fate.runs_max());
         let wait_ms = [0, 0, 50, 2000][self.dice.below(4)];
         let (outcome, is_new) = self.send_start(slot, &slot.wish.spec.clone(), wait_ms);
         match (outcome, slot.presence) {
             (Outcome::Said(state, status), was) => {
+                // The line protocol does not say whether it was there; the moment of the acceptance does.
+                let before = slot.told.created_at().filter(|_| !slot.is_loose);
+                let is_new = is_new.or(before.map(|before| before != status.created_at));
                 match (was, is_new) {
                     (Presence::Present, Some(true)) => return Err("lost: an accepted workload was accepted again".into()),
                     (Presence::Absent, Some(false)) if !slot.is_loose => return Err("nobody asked for it, and it is there".into()),
@@ -200,10 +204,19 @@ impl<'a> Client<'a> {
                     }
                     (Presence::Leaving { .. }, Some(false)) => return slot.note(self.storm, state, *status),
                     (Presence::Leaving { .. }, _) => {
+                        slot.lives += 1;
                         (slot.told, slot.meddling.is_stopped) = (Told::default(), slot.is_loose);
                     }
-                    (Presence::Absent, _) => (slot.told, slot.meddling.is_stopped) = (Told::default(), false),
-                    (Presence::Asked | Presence::Present, _) => {}
+                    (Presence::Absent, _) => {
+                        slot.lives += 1;
+                        (slot.told, slot.meddling.is_stopped) = (Told::default(), false);
+                    }
+                    // The silent one before it may yet be another.
+                    (Presence::Asked, _) => slot.lives += 1,
+                    (Presence::Present, _) => {}
+                }
+                if was != Presence::Present {
+                    self.storm.tally.add(tally::ACCEPTED);
                 }
                 slot.presence = Presence::Present;
                 slot.note(self.storm, state, *status)
@@ -211,14 +224,15 @@ impl<'a> Client<'a> {
             (Outcome::Conflict(code), Presence::Leaving { .. }) if code == "workload_deleting" || code == "Unavailable" => Ok(()),
             (Outcome::Conflict(code), _) => Err(format!("POST of what is there in the same words: {code}")),
             (Outcome::Silence, was) => {
-                slot.is_loose = true;
+                slot.lives += 1;
+                (slot.is_loose, slot.is_late) = (true, true);
                 if was == Presence::Absent {
                     (slot.presence, slot.told, slot.meddling.is_stopped) = (Presence::Asked, Told::default(), false);
                 }
                 Ok(())
             }
             (Outcome::Refused, _) => Ok(()),
-            (Outcome::NotThere | Outcome::Accepted, _) => Err("no answer to a POST".into()),
+            (Outcome::NotThere | Outcome::Accepted | Outcome::Begun, _) => Err("no answer to a POST".into()),
         }
     }
 
@@ -229,11 +243,12 @@ impl<'a> Client<'a> {
             Outcome::Conflict(code) => Err(format!("POST of another workload of its id: {code}")),
             Outcome::Silence => {
                 // It will be refused as well, unless it comes behind a delete.
-                slot.is_loose = true;
+                slot.lives += 1;
+                (slot.is_loose, slot.is_late) = (true, true);
                 Ok(())
             }
             Outcome::Refused => Ok(()),
-            Outcome::NotThere | Outcome::Accepted => Err("no answer to a POST".into()),
+            Outcome::NotThere | Outcome::Accepted | Outcome::Begun => Err("no answer to a POST".into()),
         }
     }
 
@@ -258,7 +273,7 @@ impl<'a> Client<'a> {
             (Outcome::Said(..), Presence::Asked) => Ok(()),
             (Outcome::Said(state, status), Presence::Present | Presence::Leaving { .. }) => slot.note(self.storm, state, *status),
             (Outcome::NotThere, presence) => self.not_there(slot, presence, "GET"),
-            (Outcome::Accepted | Outcome::Conflict(_), _) => Err("no answer to a GET".into()),
+            (Outcome::Accepted | Outcome::Begun | Outcome::Conflict(_), _) => Err("no answer to a GET".into()),
             (Outcome::Refused | Outcome::Silence, _) => Ok(()),
         }
     }
@@ -282,13 +297,17 @@ impl<'a> Client<'a> {
             Front::Line { .. } => self.line_outcome(&json!({"type": "StopWorkload", "id": slot.id})),
         };
         match outcome {
-            Outcome::Said(state, status) => slot.note(self.storm, state, *status),
+            Outcome::Said(state, status) => {
+                slot.must_end = Some(status.created_at);
+                slot.note(self.storm, state, *status)
+            }
             Outcome::NotThere => self.not_there(slot, slot.presence, "stop"),
             Outcome::Silence => {
                 slot.is_loose = true;
                 Ok(())
             }
-            Outcome::Accepted | Outcome::Refused => Ok(()),
+            Outcome::Refused => Ok(()),
+            Outcome::Accepted | Outcome::Begun => Err("no answer to a stop".into()),
             Outcome::Conflict(code) => Err(format!("stop: {code}")),
         }
     }
@@ -320,8 +339,7 @@ impl<'a> Client<'a> {
                 }
                 Ok(())
             }
-            // The agent says "not gone yet": it will be.
-            Outcome::Refused if matches!(self.front, Front::Line { .. }) => {
+            Outcome::Begun => {
                 slot.presence = Presence::Leaving { is_accepted: true };
                 Ok(())
             }
@@ -333,7 +351,11 @@ impl<'a> Client<'a> {
     /// The list has all that is mine, and nothing that is gone.
     fn list(&mut self) -> Result<(), String> {
         let now_ms = self.storm.now_ms();
-        let Some(items) = self.items() else { return Ok(()) };
+        let Some(items) = self.items() else {
+            self.storm.tally.add(tally::REFUSED);
+            return Ok(());
+        };
+        self.storm.count();
         for slot in &mut self.slots {
             slot.meddling.is_harmed = self.storm.is_harmed(&slot.id);
             slot.may_be_older = matches!(self.front, Front::Http(_)) && slot.asked_ms <= self.storm.plane_killed_ms();
@@ -382,65 +404,126 @@ impl<'a> Client<'a> {
 
     fn logs(&mut self, slot: &mut Slot) -> Result<(), String> {
         let is_complete = slot.told.state() == Some(State::Succeeded);
-        let lines: Option<Vec<String>> = match &self.front {
+        let lines = match &self.front {
             Front::Http(address) => {
-                let answer = Http::attempt(*address, "GET", &format!("/workloads/{}/logs", slot.id), "", PATIENT_MS).ok();
-                answer.filter(|a| a.status == 200).map(|a| a.text().lines().map(str::to_owned).collect())
+                let answer = Http::attempt(*address, "GET", &format!("/workloads/{}/logs", slot.id), "", PATIENT_MS);
+                let Some(answer) = self.passed_on(slot, "logs", answer)? else { return Ok(()) };
+                answer.text().lines().map(str::to_owned).collect()
             }
-            Front::Line { .. } => self.log_lines(&slot.id).map(|lines| lines.into_iter().map(|l| l.line).collect()),
+            Front::Line { .. } => {
+                let Some(lines) = self.log_lines(slot)? else { return Ok(()) };
+                lines.into_iter().map(|l| l.line).collect::<Vec<String>>()
+            }
         };
-        let Some(lines) = lines else { return Ok(()) };
+        self.storm.count();
         self.storm.write(&format!("{} logs {} lines", slot.id, lines.len()));
+        let all = || lines.iter().map(String::as_str);
+        let wrong = |rule| format!("logs: {rule}: {lines:?}");
+        if is_restarting(&slot.id) {
+            return check_each_line(all()).map_err(wrong);
+        }
         if self.storm.on_lab {
             // A containerd that is killed takes with it what it had read and not written.
-            return Ok(());
+            return check_lines_left(all()).map_err(wrong);
         }
-        if is_restarting(&slot.id) {
-            return check_each_line(lines.iter().map(String::as_str)).map_err(|rule| format!("logs: {rule}"));
-        }
-        let count = check_lines(lines.iter().map(String::as_str)).map_err(|rule| format!("logs: {rule}: {lines:?}"))?;
+        let count = check_lines(all()).map_err(wrong)?;
         if is_complete && count < super::model::LINES && !slot.meddling.is_harmed {
             return Err(format!("logs: it succeeded, and {count} lines are all there is: {lines:?}"));
         }
         Ok(())
     }
 
-    fn log_lines(&mut self, id: &str) -> Option<Vec<LogLine>> {
-        let mut reply = self.ask(&json!({"type": "GetLogs", "id": id}))?;
+    /// The answer to a request that the control plane passes on to an agent; `None` when there is none, for a reason that may be.
+    fn passed_on(&self, slot: &mut Slot, what: &str, answer: std::io::Result<Answer>) -> Result<Option<Answer>, String> {
+        let Ok(answer) = answer else {
+            self.storm.tally.add(tally::UNANSWERED);
+            return Ok(None);
+        };
+        match (answer.status, problem_code(&answer).as_str()) {
+            (200, _) => return Ok(Some(answer)),
+            (404, "not_found") => self.not_there(slot, slot.presence, what)?,
+            // It has yet to hear of it, or will not any more. What ran there it knows until it is deleted.
+            (404, "unknown_to_node") if !slot.told.has_run() || slot.is_loose => {}
+            // Ended, or never ran; the rule of a node is that its runtime refused.
+            (409, "not_running") | (422, "node_rule") if what == "exec" => {}
+            (429 | 503 | 504, _) => {
+                self.storm.tally.add(tally::REFUSED);
+                return Ok(None);
+            }
+            (status, _) => return Err(format!("{what}: {status} {}", answer.text())),
+        }
+        self.storm.count();
+        Ok(None)
+    }
+
+    /// As above, of an agent itself.
+    fn refused(&self, slot: &mut Slot, what: &str, error: &ErrorReply) -> Result<(), String> {
+        match error.code {
+            ErrorCode::NotFound => self.not_there(slot, slot.presence, what)?,
+            ErrorCode::InvalidArgument if what == "exec" => {}
+            ErrorCode::DeadlineExceeded | ErrorCode::ResourceExhausted | ErrorCode::Unavailable => {
+                self.storm.tally.add(tally::REFUSED);
+                return Ok(());
+            }
+            code => return Err(format!("{what}: {code:?} {}", error.message)),
+        }
+        self.storm.count();
+        Ok(())
+    }
+
+    fn log_lines(&mut self, slot: &mut Slot) -> Result<Option<Vec<LogLine>>, String> {
+        let mut reply = self.ask(&json!({"type": "GetLogs", "id": slot.id}));
         let mut lines = Vec::new();
         loop {
             match reply {
-                Reply::Log(line) => lines.push(line),
-                Reply::LogEnd { .. } => return Some(lines),
-                Reply::Heartbeat { .. } => {}
-                _ => return None,
+                Some(Reply::Log(line)) => lines.push(line),
+                Some(Reply::LogEnd { gap: false, .. }) if lines.iter().all(|line| !line.gap) => return Ok(Some(lines)),
+                Some(Reply::LogEnd { .. }) => return Err(format!("logs: a gap that nobody made: {lines:?}")),
+                Some(Reply::Heartbeat { .. }) => {}
+                Some(Reply::Error(error)) => return self.refused(slot, "logs", &error).map(|()| None),
+                Some(other) => return Err(format!("logs: {}", brief(&other))),
+                None => {
+                    self.storm.tally.add(tally::UNANSWERED);
+                    return Ok(None);
+                }
             }
-            let Front::Line { line, .. } = &mut self.front else { return None };
-            let Some(next) = line.as_mut().and_then(Line::attempt) else {
+            let Front::Line { line, .. } = &mut self.front else { return Ok(None) };
+            reply = line.as_mut().and_then(Line::attempt);
+            if reply.is_none() {
                 *line = None;
-                return None;
-            };
-            reply = next;
+            }
         }
     }
 
     fn exec(&mut self, slot: &mut Slot) -> Result<(), String> {
-        let body = json!({"command": ["echo", "hello"], "timeout_ms": 2000});
-        match &self.front {
+        let mut request = json!({"command": ["echo", "hello"], "timeout_ms": 2000});
+        let (exit_code, stdout) = match &self.front {
             Front::Http(address) => {
                 let target = format!("/workloads/{}/exec", slot.id);
-                let Ok(answer) = Http::attempt(*address, "POST", &target, &body.to_string(), PATIENT_MS) else { return Ok(()) };
-                match answer.status {
-                    200 if answer.json()["exit_code"] == 0 && answer.json()["stdout"] != "hello\n" => Err(answer.text().to_owned()),
-                    404 if answer.problem().1 == "not_found" => self.not_there(slot, slot.presence, "exec"),
-                    200 | 404 | 409 | 422 | 500..=504 => Ok(()),
-                    _ => Err(format!("exec: {} {}", answer.status, answer.text())),
-                }
+                let answer = Http::attempt(*address, "POST", &target, &request.to_string(), PATIENT_MS);
+                let Some(answer) = self.passed_on(slot, "exec", answer)? else { return Ok(()) };
+                let result = answer.json();
+                (result["exit_code"].as_i64(), result["stdout"].as_str().unwrap_or_default().to_owned())
             }
             Front::Line { .. } => {
-                let _ = self.ask(&json!({"type": "Exec", "id": slot.id, "command": ["true"], "timeout_ms": 2000})); // Only that it is asked.
-                Ok(())
+                (request["type"], request["id"]) = ("Exec".into(), slot.id.as_str().into());
+                match self.ask(&request) {
+                    Some(Reply::ExecResult(result)) => (Some(result.exit_code.into()), result.stdout),
+                    Some(Reply::Error(error)) => return self.refused(slot, "exec", &error),
+                    Some(other) => return Err(format!("exec: {}", brief(&other))),
+                    None => {
+                        self.storm.tally.add(tally::UNANSWERED);
+                        return Ok(());
+                    }
+                }
             }
+        };
+        self.storm.count();
+        match (exit_code, stdout.as_str()) {
+            (Some(0), "hello\n") => Ok(()),
+            // The end of the workload is the end of all that runs in it.
+            (Some(137 | 143), _) => Ok(()),
+            (code, said) => Err(format!("exec: exit code {code:?}, {said:?}")),
         }
     }
 
@@ -452,7 +535,10 @@ impl<'a> Client<'a> {
                 let (address, ms) = (*address, self.patience());
                 let answer = Http::attempt(address, "POST", &target, &spec.to_string(), ms);
                 self.log("POST", &slot.id, answer.as_ref());
-                let Ok(answer) = answer else { return (Outcome::Silence, None) };
+                let answer = match answer {
+                    Ok(answer) => answer,
+                    Err(error) => return (self.counted(no_answer(&error)), None),
+                };
                 let is_new = (answer.status == 201).then_some(true).or((answer.status == 200).then_some(false));
                 (self.judge("POST", &target, &answer), is_new)
             }
@@ -465,7 +551,20 @@ impl<'a> Client<'a> {
         let ms = self.patience();
         let answer = Http::attempt(address, method, target, body, ms);
         self.log(method, target, answer.as_ref());
-        answer.map_or(Outcome::Silence, |answer| self.judge(method, target, &answer))
+        match answer {
+            Ok(answer) => self.judge(method, target, &answer),
+            Err(error) => self.counted(no_answer(&error)),
+        }
+    }
+
+    /// Only what was answered, and not refused, is an operation.
+    fn counted(&self, outcome: Outcome) -> Outcome {
+        match outcome {
+            Outcome::Refused => self.storm.tally.add(tally::REFUSED),
+            Outcome::Silence => self.storm.tally.add(tally::UNANSWERED),
+            Outcome::Said(..) | Outcome::NotThere | Outcome::Accepted | Outcome::Begun | Outcome::Conflict(_) => self.storm.count(),
+        }
+        outcome
     }
 
     fn log(&self, method: &str, what: &str, answer: Result<&Answer, &std::io::Error>) {
@@ -477,7 +576,7 @@ impl<'a> Client<'a> {
     }
 
     fn judge(&self, method: &str, target: &str, answer: &Answer) -> Outcome {
-        match answer.status {
+        let outcome = match answer.status {
             200..=202 => match read(&answer.json()) {
                 Ok((state, status)) => Outcome::Said(state, Box::new(status)),
                 Err(error) => {
@@ -487,22 +586,30 @@ impl<'a> Client<'a> {
             },
             404 if answer.problem().1 == "not_found" => Outcome::NotThere,
             409 => Outcome::Conflict(answer.problem().1),
-            504 if answer.problem().1 == "outcome_unknown" => Outcome::Silence,
+            // Whether it is done, or on disk, nobody knows.
+            503 | 504 if matches!(problem_code(answer).as_str(), "disk_slow" | "outcome_unknown") => Outcome::Silence,
             429 | 503 | 504 | 507 => Outcome::Refused,
             _ => {
                 self.storm.violated(&format!("{method} {target}: {} {}", answer.status, answer.text()));
                 Outcome::Silence
             }
+        };
+        self.counted(outcome)
+    }
+
+    /// Whether there is a connection to the agent. One that is being started again refuses them for a moment.
+    fn is_connected(&mut self) -> bool {
+        let Front::Line { address, line, .. } = &mut self.front else { return false };
+        if line.is_none() {
+            *line = Line::try_connect(address).ok();
         }
+        line.is_some()
     }
 
     /// One request to the agent; `None` when it was not there to answer.
     fn ask(&mut self, request: &Value) -> Option<Reply> {
-        let Front::Line { address, line, .. } = &mut self.front else { return None };
-        if line.is_none() {
-            // An agent that is being started again refuses connections for a moment.
-            *line = Line::try_connect(address).ok();
-        }
+        self.is_connected();
+        let Front::Line { line, .. } = &mut self.front else { return None };
         let reply = line.as_mut().and_then(|line| line.try_send(format!("{request}\n").as_bytes()).ok().and_then(|()| line.attempt()));
         if reply.is_none() {
             *line = None;
@@ -511,11 +618,15 @@ impl<'a> Client<'a> {
     }
 
     fn line_outcome(&mut self, request: &Value) -> Outcome {
+        if !self.is_connected() {
+            // It was not sent.
+            return self.counted(Outcome::Refused);
+        }
         let reply = self.ask(request);
         let id = request["id"].as_str().or(request["workload"]["id"].as_str()).unwrap_or_default().to_owned();
         let kind = request["type"].as_str().unwrap_or_default();
         self.storm.write(&format!("{kind} {id}: {}", reply.as_ref().map_or("-".into(), said)));
-        match reply {
+        let outcome = match reply {
             None => Outcome::Silence,
             Some(Reply::Status { state, status, .. }) => Outcome::Said(state, status),
             Some(Reply::Deleted { .. }) => Outcome::Accepted,
@@ -523,7 +634,11 @@ impl<'a> Client<'a> {
                 ErrorCode::NotFound => Outcome::NotThere,
                 ErrorCode::AlreadyExists => Outcome::Conflict("AlreadyExists".into()),
                 ErrorCode::Unavailable if error.message.contains("still being deleted") => Outcome::Conflict("Unavailable".into()),
-                ErrorCode::DeadlineExceeded | ErrorCode::ResourceExhausted | ErrorCode::Unavailable => Outcome::Refused,
+                // "Not gone yet; it will be".
+                ErrorCode::DeadlineExceeded if kind == "DeleteWorkload" => Outcome::Begun,
+                // Its journal did not take what may be done all the same; a start it takes back.
+                ErrorCode::ResourceExhausted if kind != "StartWorkload" => Outcome::Silence,
+                ErrorCode::ResourceExhausted | ErrorCode::Unavailable => Outcome::Refused,
                 code => {
                     self.storm.violated(&format!("{request}: {code:?} {}", error.message));
                     Outcome::Refused
@@ -533,11 +648,56 @@ impl<'a> Client<'a> {
                 self.storm.violated(&format!("{request}: {}", brief(&other)));
                 Outcome::Refused
             }
-        }
+        };
+        self.counted(outcome)
     }
 }
 
 impl Slot {
+    /// One that nobody asked for yet.
+    pub fn new(id: String, wish: Wish) -> Self {
+        Self {
+            id,
+            wish,
+            presence: Presence::Absent,
+            told: Told::default(),
+            meddling: Meddling::default(),
+            home: None,
+            is_loose: false,
+            is_late: false,
+            must_end: None,
+            asked_ms: 0,
+            now_ms: 0,
+            may_be_older: false,
+            lives: 0,
+            runs_max: 0,
+        }
+    }
+
+    /// One that was accepted, for a canary.
+    pub fn sample(id: &str, home: Option<usize>, presence: Presence, fate: Fate) -> Self {
+        Self { home, presence, lives: 1, runs_max: fate.runs_max(), ..Self::new(id.to_owned(), Wish { spec: json!({"id": id}), fate }) }
+    }
+
+    /// The same, after its stop was acknowledged.
+    pub fn stopped(self, created_at: Timestamp) -> Self {
+        Self { must_end: Some(created_at), meddling: Meddling { is_stopped: true, ..self.meddling }, ..self }
+    }
+
+    /// Whether what this is said of has to end, be it that nobody does anything more about it.
+    pub fn is_to_end(&self, status: &Status) -> bool {
+        self.must_end == Some(status.created_at) || self.wish.fate.is_mortal()
+    }
+
+    /// Notes what is said of it when all agree: the last word.
+    ///
+    /// # Errors
+    /// The rule that it breaks.
+    pub fn close(&mut self, storm: &Storm, state: State, status: Status) -> Result<(), String> {
+        self.may_be_older = false;
+        self.note(storm, state, status)
+    }
+
     fn note(&mut self, storm: &Storm, state: State, status: Status) -> Result<(), String> {
         // It may have come to harm while the request was under way.
         self.meddling.is_harmed = storm.is_harmed(&self.id);
@@ -549,11 +709,21 @@ impl Slot {
             return Ok(());
         }
         self.asked_ms = self.now_ms;
-        self.told.note(self.wish.fate, self.meddling, state, status)
+        let (had_run, was_over) = (self.told.has_run(), self.told.state().is_some_and(State::is_terminal));
+        let is_met = state.is_terminal() && self.wish.fate.is_met(&status);
+        self.told.note(self.wish.fate, self.meddling, state, status)?;
+        if !had_run && self.told.has_run() {
+            storm.tally.add(tally::RAN);
+        }
+        if !was_over && is_met {
+            storm.tally.add(tally::MET);
+        }
+        Ok(())
     }
 
-    pub fn is_loose(&self) -> bool {
-        self.is_loose
+    /// Whether a request that was not answered may yet accept it.
+    pub fn is_late(&self) -> bool {
+        self.is_late
     }
 
     /// It is gone, and its id cannot be used again.
@@ -562,8 +732,19 @@ impl Slot {
     }
 }
 
+/// What came of a request without an answer: one that did not even find anybody to connect to was not sent.
+fn no_answer(error: &std::io::Error) -> Outcome {
+    if error.kind() == ErrorKind::ConnectionRefused { Outcome::Refused } else { Outcome::Silence }
+}
+
+/// The code of a problem; none of an answer that is none.
+fn problem_code(answer: &Answer) -> String {
+    let body: Option<Value> = serde_json::from_slice(&answer.body).ok();
+    body.and_then(|body| body["code"].as_str().map(str::to_owned)).unwrap_or_default()
+}
+
 /// State and status of a workload in an answer.
-fn read(object: &Value) -> Result<(State, Status), String> {
+pub fn read(object: &Value) -> Result<(State, Status), String> {
     let state = object["state"].as_str().and_then(State::parse).ok_or_else(|| format!("no state in {object}"))?;
     let status = serde_json::from_value(object["status"].clone()).map_err(|error| format!("{error}: {object}"))?;
     Ok((state, status))

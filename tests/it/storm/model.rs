@@ -21,10 +21,47 @@ pub enum Fate {
     NoImage,
     /// Takes too much memory.
     Oom,
-    /// Ends with this code, and is started again by policy.
-    Restarts(i32),
+    /// Ends with this code, and is started again by policy: so many times, or for ever.
+    Restarts { code: i32, most: Option<u32> },
+    /// Fails its health checks.
+    Sick,
     /// Runs until its time to live is over.
-    Ttl,
+    Ttl { ms: u64 },
+}
+
+impl Fate {
+    /// Whether it comes to an end, be it that nobody does anything about it.
+    pub fn is_mortal(self) -> bool {
+        match self {
+            Self::Exits(_) | Self::NoImage | Self::Oom | Self::Sick | Self::Ttl { .. } => true,
+            Self::Restarts { most, .. } => most.is_some(),
+            Self::Forever => false,
+        }
+    }
+
+    /// How many containers of one acceptance may run, one after the other.
+    pub fn runs_max(self) -> usize {
+        match self {
+            Self::Restarts { most, .. } => most.map_or(usize::MAX, |most| most as usize + 1),
+            Self::NoImage => 0,
+            Self::Exits(_) | Self::Forever | Self::Oom | Self::Sick | Self::Ttl { .. } => 1,
+        }
+    }
+
+    /// Whether this is the end it was made for.
+    pub fn is_met(self, status: &Status) -> bool {
+        let (reason, exit) = (status.reason, status.exit_code);
+        match self {
+            Self::Exits(0) => (reason, exit) == (Some(Reason::Completed), Some(0)),
+            Self::Exits(code) => (reason, exit) == (Some(Reason::Error), Some(code)),
+            Self::Forever => false,
+            Self::NoImage => reason == Some(Reason::ImageNotFound),
+            Self::Oom => (reason, exit) == (Some(Reason::OomKilled), Some(137)),
+            Self::Restarts { code, .. } => (reason, exit) == (Some(Reason::Error), Some(code)) && code != 0,
+            Self::Sick => reason == Some(Reason::HealthCheckFailed),
+            Self::Ttl { .. } => reason == Some(Reason::TtlExpired),
+        }
+    }
 }
 
 /// Lines a workload prints before it ends.
@@ -41,7 +78,7 @@ impl Wish {
     /// Any, for this id, on one of these nodes; `on_lab`: of what a real runtime has.
     pub fn any(dice: &mut Dice, id: &str, nodes: &[String], on_lab: bool) -> Self {
         let lines = |pause: &str| (0..LINES).map(|n| format!("echo line {n}; sleep {pause}; ")).collect::<String>();
-        let (fate, command) = match dice.below(12) {
+        let (fate, command) = match dice.below(13) {
             0..=3 => (Fate::Forever, format!("{}sleep 100000", lines("0.05"))),
             4 => (Fate::Forever, format!("{}sleep 100000; trap", lines("0.01"))),
             5 => (Fate::Exits(0), lines("0.1")),
@@ -50,12 +87,16 @@ impl Wish {
             8 => (Fate::Exits(0), lines("0.001")),
             9 if !on_lab => (Fate::Oom, format!("{}oom", lines("0.1"))),
             9 | 10 => (Fate::NoImage, "true".to_owned()),
-            _ => (Fate::Ttl, format!("{}sleep 100000", lines("0.01"))),
+            11 => (Fate::Sick, format!("{}sleep 100000", lines("0.01"))),
+            _ => (Fate::Ttl { ms: 200 + dice.below(2000) as u64 }, format!("{}sleep 100000", lines("0.01"))),
         };
         let (fate, command) = match dice.below(2) {
             _ if !is_restarting(id) => (fate, command),
-            0 => (Fate::Restarts(0), lines("0.05")),
-            _ => (Fate::Restarts(7), format!("{}exit 7", lines("0.05"))),
+            0 => (Fate::Restarts { code: 0, most: None }, lines("0.05")),
+            _ => {
+                let most = 1 + u32::try_from(dice.below(4)).expect("below 4");
+                (Fate::Restarts { code: 7, most: Some(most) }, format!("{}exit 7", lines("0.05")))
+            }
         };
         let image = match (fate, dice.below(6)) {
             (Fate::NoImage, _) => format!("localhost/not-found-{id}:1"),
@@ -69,16 +110,20 @@ impl Wish {
             "id": id, "image": image, "runtime_class": class, "memory_mb": 64, "command": ["sh", "-c", command],
             "stop_grace_ms": grace_ms, "start_deadline_ms": deadline_ms, "labels": {"from": "storm"},
         });
-        if let Fate::Restarts(code) = fate {
-            spec["restart_policy"] = json!(if code == 0 { "always" } else { "on-failure" });
-            spec["restart_backoff_ms"] = json!(100 + dice.below(400));
-            spec["restart_backoff_max_ms"] = json!(1000);
-            if code != 0 {
-                spec["restart_max_attempts"] = json!(1 + dice.below(4));
+        match fate {
+            Fate::Restarts { most, .. } => {
+                spec["restart_policy"] = json!(if most.is_some() { "on-failure" } else { "always" });
+                spec["restart_backoff_ms"] = json!(100 + dice.below(400));
+                spec["restart_backoff_max_ms"] = json!(1000);
+                most.into_iter().for_each(|most| spec["restart_max_attempts"] = json!(most));
             }
-        }
-        if fate == Fate::Ttl {
-            spec["ttl_ms"] = json!(200 + dice.below(2000));
+            Fate::Sick => spec["health"] = json!({"exec": ["false"], "interval_ms": 100, "timeout_ms": 1000, "failures": 2}),
+            // A failure now and then is the weather; it does not come so often in a row.
+            Fate::Forever if dice.below(3) == 0 => {
+                spec["health"] = json!({"exec": ["true"], "interval_ms": 100, "timeout_ms": 1000, "failures": 1000});
+            }
+            Fate::Ttl { ms } => spec["ttl_ms"] = json!(ms),
+            Fate::Exits(_) | Fate::Forever | Fate::NoImage | Fate::Oom => {}
         }
         if let Some(node) = nodes.get(dice.below(nodes.len() + 1)) {
             spec["node_selector"] = json!({"name": node});
@@ -126,6 +171,11 @@ impl Told {
         self.last.as_ref().is_some_and(|(_, last)| last.created_at == status.created_at && last.observed_at > status.observed_at)
     }
 
+    /// Whether it was told that it runs, or ran.
+    pub fn has_run(&self) -> bool {
+        self.has_run
+    }
+
     /// When the acceptance happened that this is about.
     pub fn created_at(&self) -> Option<Timestamp> {
         self.last.as_ref().map(|(_, status)| status.created_at)
@@ -153,15 +203,21 @@ impl Told {
         if state.is_terminal() == status.reason.is_none() && state != State::Pending {
             return broken("a reason that is missing, or too many");
         }
+        if fate == Fate::NoImage && (state == State::Running || status.started_at.is_some()) {
+            return broken("a run of an image that is not there");
+        }
+        if matches!(fate, Fate::Restarts { most: Some(most), .. } if status.restarts > most) {
+            return broken("more restarts than were asked for");
+        }
         if status.oom_killed != (status.reason == Some(Reason::OomKilled)) {
             return broken("oom_killed and the reason disagree");
         }
         if let Some((was, before)) = &self.last {
-            let is_again = matches!(fate, Fate::Restarts(_)) && !was.is_terminal() && status.restarts > before.restarts;
+            let is_again = matches!(fate, Fate::Restarts { .. }) && !was.is_terminal() && status.restarts > before.restarts;
             if was != &state && (*was > state || was.is_terminal()) && !is_again {
                 return broken("an illegal transition");
             }
-            if status.restarts < before.restarts || (status.restarts > 0 && !matches!(fate, Fate::Restarts(_))) {
+            if status.restarts < before.restarts || (status.restarts > 0 && !matches!(fate, Fate::Restarts { .. })) {
                 return broken("restarts that were not, or that nobody wanted");
             }
             if before.created_at != status.created_at {
@@ -175,7 +231,7 @@ impl Told {
                 return broken("an ending that changed");
             }
             let has_moved = before.container_id.is_some() && before.container_id != status.container_id;
-            if self.has_run && has_moved && !matches!(fate, Fate::Restarts(_)) {
+            if self.has_run && has_moved && !matches!(fate, Fate::Restarts { .. }) {
                 return broken("another container than before");
             }
         }
@@ -193,28 +249,38 @@ impl Told {
 /// Whether a workload may have ended so.
 fn judge(fate: Fate, meddling: Meddling, has_run: bool, status: &Status) -> Result<(), &'static str> {
     let exit = status.exit_code;
-    let is_fate = |reason: Reason| match fate {
-        Fate::Exits(0) => (reason, exit) == (Reason::Completed, Some(0)),
-        Fate::Exits(code) => (reason, exit) == (Reason::Error, Some(code)),
-        Fate::Oom => (reason, exit) == (Reason::OomKilled, Some(137)),
-        Fate::Ttl => reason == Reason::TtlExpired,
-        Fate::Restarts(code) => (reason, exit) == (Reason::Error, Some(code)) && code != 0,
-        Fate::Forever | Fate::NoImage => false,
-    };
-    let has_run = has_run && !matches!(fate, Fate::Restarts(_));
+    let has_run = has_run && !matches!(fate, Fate::Restarts { .. });
     let is_killed = || matches!(exit, None | Some(137 | 143));
-    match status.reason {
-        Some(reason) if is_fate(reason) => Ok(()),
-        Some(Reason::ImageNotFound) if fate == Fate::NoImage && !has_run => Ok(()),
-        // The weather: a runtime that fails in the middle of a start.
+    // The weather: a runtime that fails in the middle of a start.
+    let is_failed_start = matches!(
+        status.reason,
         Some(
             Reason::CreateFailed
-            | Reason::ImagePullFailed
-            | Reason::RuntimeUnavailable
-            | Reason::StartDeadlineExceeded
-            | Reason::StartFailed
-            | Reason::HandlerUnavailable,
-        ) if !has_run => Ok(()),
+                | Reason::ImagePullFailed
+                | Reason::RuntimeUnavailable
+                | Reason::StartDeadlineExceeded
+                | Reason::StartFailed
+                | Reason::HandlerUnavailable
+        )
+    );
+    if let (Fate::Restarts { most, .. }, false) = (fate, meddling.is_stopped) {
+        // Only the first start is not tried again by policy; whatever ends a run is, as often as was asked for.
+        let never_ran = is_failed_start && status.restarts == 0;
+        if !never_ran && most != Some(status.restarts) {
+            return Err("an end before the last restart that was asked for");
+        }
+    }
+    if let (Fate::Ttl { ms }, Some(Reason::TtlExpired), Some(started), Some(finished)) =
+        (fate, status.reason, status.started_at, status.finished_at)
+    {
+        // Both moments are cut to a millisecond.
+        if finished.as_millis().saturating_add(1) < started.as_millis().saturating_add(ms) {
+            return Err("a time to live that was not over");
+        }
+    }
+    match status.reason {
+        Some(_) if fate.is_met(status) && !(fate == Fate::NoImage && has_run) => Ok(()),
+        Some(_) if is_failed_start && !has_run => Ok(()),
         // A workload that is asked to stop may end by itself just before.
         Some(Reason::Stopped) if meddling.is_stopped => Ok(()),
         Some(Reason::SandboxDied | Reason::Error) if meddling.is_harmed && is_killed() => Ok(()),
@@ -232,6 +298,21 @@ pub fn check_each_line<'a>(mut lines: impl Iterator<Item = &'a str>) -> Result<(
     lines.find(is_none).map_or(Ok(()), |line| Err(format!("not a line of it: {line:?}")))
 }
 
+/// Checks the output of a workload of which some may be lost: its lines in order, none of them twice.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn check_lines_left<'a>(lines: impl Iterator<Item = &'a str>) -> Result<(), String> {
+    let mut next = 0;
+    for line in lines {
+        match line.strip_prefix("line ").and_then(|n| n.parse::<usize>().ok()) {
+            Some(n) if (next..LINES).contains(&n) => next = n + 1,
+            _ => return Err(format!("line {next} or a later one should be next, not {line:?}")),
+        }
+    }
+    Ok(())
+}
+
 /// Checks the output of a workload: its lines in order, without gaps. A simulator that is killed in the moment of a line may print
 /// it again.
 ///
@@ -242,7 +323,7 @@ pub fn check_lines<'a>(lines: impl Iterator<Item = &'a str>) -> Result<usize, St
     for line in lines {
         let number = line.strip_prefix("line ").and_then(|n| n.parse::<usize>().ok());
         match number {
-            Some(n) if n == next => next += 1,
+            Some(n) if n == next && n < LINES => next += 1,
             Some(n) if n + 1 == next => {}
             _ => return Err(format!("line {next} should be next, not {line:?}")),
         }
@@ -291,6 +372,36 @@ mod tests {
         let first = Status { container_id: Some("a".into()), ..plain() };
         check(Fate::Forever, none, &[(Running, first), (Running, moved)], Some("another container"));
         check(Fate::Forever, none, &[(Running, plain()), (Running, Status::accepted(None))], Some("another acceptance"));
+        let ending = |reason, exit, restarts| Status { restarts, ..status(Some(reason), exit) };
+        let restarts = Fate::Restarts { code: 7, most: Some(2) };
+        let always = Fate::Restarts { code: 0, most: None };
+        let again = |restarts| Status { restarts, ..plain() };
+        let given_up = ending(Reason::Error, Some(7), 2);
+        check(restarts, none, &[(Running, plain()), (Pending, again(1)), (Pending, again(2)), (Failed, given_up.clone())], None);
+        check(restarts, none, &[(Running, plain()), (Failed, ending(Reason::Error, Some(7), 0))], Some("an end before the last restart"));
+        check(restarts, none, &[(Running, again(2)), (Pending, again(3))], Some("more restarts than were asked for"));
+        check(restarts, none, &[(Failed, ending(Reason::CreateFailed, None, 0))], None);
+        check(restarts, none, &[(Failed, ending(Reason::CreateFailed, None, 1))], Some("an end before the last restart"));
+        check(restarts, stopped, &[(Running, plain()), (Failed, ending(Reason::Stopped, Some(137), 1))], None);
+        check(always, none, &[(Running, plain()), (Succeeded, ending(Reason::Completed, Some(0), 0))], Some("an end before the last"));
+        check(Fate::NoImage, none, &[(Pending, plain()), (Failed, status(Some(Reason::ImageNotFound), None))], None);
+        check(Fate::NoImage, none, &[(Running, plain())], Some("a run of an image that is not there"));
+        let sick = status(Some(Reason::HealthCheckFailed), Some(137));
+        check(Fate::Sick, none, &[(Running, plain()), (Failed, sick.clone())], None);
+        check(Fate::Forever, none, &[(Running, plain()), (Failed, sick)], Some("an end that nobody"));
+        let moment = |text| Timestamp::parse(text);
+        let expired = |finished| {
+            let (started_at, finished_at) = (moment("2026-01-01T00:00:01.000Z"), moment(finished));
+            Status { started_at, finished_at, ..status(Some(Reason::TtlExpired), Some(137)) }
+        };
+        let ttl = Fate::Ttl { ms: 1000 };
+        check(ttl, none, &[(Running, plain()), (Failed, expired("2026-01-01T00:00:02.000Z"))], None);
+        check(ttl, none, &[(Running, plain()), (Failed, expired("2026-01-01T00:00:01.900Z"))], Some("a time to live that was not over"));
+        check(Fate::Exits(7), none, &[(Failed, status(Some(Reason::Error), Some(8)))], Some("an end that nobody"));
+        assert!(check_lines_left(["line 0", "line 3"].into_iter()).is_ok());
+        assert!(check_lines_left(["line 3", "line 0"].into_iter()).is_err());
+        assert!(check_lines_left(["line 1", "line 1"].into_iter()).is_err());
+        assert!(check_lines_left(["line 4"].into_iter()).is_err());
         assert_eq!(check_lines(["line 0", "line 1", "line 1", "line 2"].into_iter()), Ok(3));
         assert!(check_lines(["line 0", "line 2"].into_iter()).is_err());
         assert!(check_lines(["line 0", "line 1", "line 0"].into_iter()).is_err());

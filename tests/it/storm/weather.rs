@@ -5,6 +5,7 @@
 use kakuri::cri::runtime::{LABEL_NODE, LABEL_WORKLOAD};
 
 use super::Storm;
+use super::tally;
 use crate::harness::dice::Dice;
 use crate::harness::place::soon;
 use crate::harness::{Agent, Place, Plane};
@@ -62,6 +63,7 @@ impl<'a> World<'a> {
                 let place = &self.places[dice.below(self.places.len())];
                 let faults: Vec<String> = (0..=dice.below(3)).map(|_| fault(dice)).collect();
                 storm.write(&format!("* faults {faults:?}"));
+                storm.tally.add(tally::FAULTS);
                 place.faults(&faults.iter().map(String::as_str).collect::<Vec<_>>());
             }
             13..=14 if !storm.on_lab => self.places.iter().for_each(|place| place.faults(&[])),
@@ -76,6 +78,7 @@ impl<'a> World<'a> {
         if let (true, Who::Sim(n)) = (storm.on_lab, who) {
             storm.write("* containerd is killed and started");
             self.places[n].lab().expect("the lab").restart_hard();
+            storm.tally.add(tally::RUNTIMES_KILLED);
             return storm.write("* containerd is back");
         }
         let length = [100, 500, 2000, 6500][dice.below(4)];
@@ -93,6 +96,13 @@ impl<'a> World<'a> {
             (3, Who::Plane) => self.plane.terminate(),
             (_, who) => self.signal(who, "STOP"),
         }
+        storm.tally.add(match (how, who) {
+            (0..=2, Who::Agent(_)) => tally::AGENTS_KILLED,
+            (0..=2, Who::Plane) => tally::PLANES_KILLED,
+            (0..=3, Who::Sim(_)) => tally::RUNTIMES_KILLED,
+            (3, _) => tally::TERMINATED,
+            _ => tally::PAUSED,
+        });
         self.conditions[at] = if how < 4 { Condition::Down(until) } else { Condition::Paused(until) };
     }
 
@@ -133,6 +143,7 @@ impl<'a> World<'a> {
         let id = victim.labels.get(LABEL_WORKLOAD).cloned().unwrap_or_default();
         storm.write(&format!("* sandbox {} of {id} is removed", victim.id));
         storm.harm(id);
+        storm.tally.add(tally::HARMED);
         let _ = place.cri().stop_pod_sandbox(&victim.id, soon()); // The faults are for everybody.
         let _ = place.cri().remove_pod_sandbox(&victim.id, soon());
     }
