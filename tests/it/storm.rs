@@ -123,7 +123,7 @@ fn what_was_acknowledged_stays_true_and_at_the_end_all_agree() {
     if dice.below(2) == 0 {
         agents.push(agent(&places[1], "c"));
     }
-    let operations = brave(&places, agents, &mut dice, seconds(5), (5, 2));
+    let operations = brave(&places, agents, &mut dice, seconds(5), (5, 3));
     for (place, id) in places.iter().zip(foreign) {
         let is_there = place.cri().pod_sandbox_status(&id, soon()).is_ok_and(|s| s.state() == PodSandboxState::SandboxReady);
         assert!(is_there, "storm: violation: the sandbox of somebody else was touched");

@@ -55,6 +55,8 @@ pub struct Slot {
     is_late: bool,
     /// The acceptance of this moment is to end: its stop was acknowledged.
     must_end: Option<Timestamp>,
+    /// What is to end is left alone until it has. A delete would hide that it never does.
+    is_patient: bool,
     /// When the request was sent whose answer was noted last.
     asked_ms: u64,
     now_ms: u64,
@@ -129,7 +131,7 @@ impl<'a> Client<'a> {
         let id = format!("{}-{}{policy}", self.name, self.ids);
         let wish = Wish::any(&mut self.dice, &id, &self.nodes, self.storm.on_lab);
         let meddling = Meddling { is_real: self.storm.on_lab, ..Meddling::default() };
-        Slot { meddling, home: self.home, ..Slot::new(id, wish) }
+        Slot { meddling, home: self.home, is_patient: self.ids % 2 == 0, ..Slot::new(id, wish) }
     }
 
     /// Acts until the storm is over; all ids it ever used.
@@ -157,6 +159,7 @@ impl<'a> Client<'a> {
         slot.may_be_older = matches!(self.front, Front::Http(_)) && slot.asked_ms <= self.storm.plane_killed_ms();
         slot.now_ms = self.storm.now_ms();
         let is_over = slot.told.state().is_some_and(State::is_terminal);
+        let is_left_alone = slot.is_patient && !is_over && (slot.wish.fate.is_mortal() || slot.must_end.is_some());
         match (slot.presence, self.dice.below(20)) {
             (Presence::Absent, 0..=3) => self.get(slot),
             (Presence::Absent, _) => self.post(slot),
@@ -169,6 +172,7 @@ impl<'a> Client<'a> {
             (Presence::Present, 11..=12) => self.list(),
             (Presence::Present, 13..=14) => self.logs(slot),
             (Presence::Present, 15) => self.exec(slot),
+            (Presence::Present, 16 | 17) if is_left_alone => self.get(slot),
             (Presence::Present, 16) => self.stop(slot),
             (Presence::Present, 17) => self.delete(slot),
             (Presence::Present, _) if is_over => self.delete(slot),
@@ -205,11 +209,11 @@ impl<'a> Client<'a> {
                     (Presence::Leaving { .. }, Some(false)) => return slot.note(self.storm, state, *status),
                     (Presence::Leaving { .. }, _) => {
                         slot.lives += 1;
-                        (slot.told, slot.meddling.is_stopped) = (Told::default(), slot.is_loose);
+                        (slot.told, slot.must_end, slot.meddling.is_stopped) = (Told::default(), None, slot.is_loose);
                     }
                     (Presence::Absent, _) => {
                         slot.lives += 1;
-                        (slot.told, slot.meddling.is_stopped) = (Told::default(), false);
+                        (slot.told, slot.must_end, slot.meddling.is_stopped) = (Told::default(), None, false);
                     }
                     // The silent one before it may yet be another.
                     (Presence::Asked, _) => slot.lives += 1,
@@ -666,6 +670,7 @@ impl Slot {
             is_loose: false,
             is_late: false,
             must_end: None,
+            is_patient: false,
             asked_ms: 0,
             now_ms: 0,
             may_be_older: false,

@@ -78,9 +78,9 @@ impl Wish {
     /// Any, for this id, on one of these nodes; `on_lab`: of what a real runtime has.
     pub fn any(dice: &mut Dice, id: &str, nodes: &[String], on_lab: bool) -> Self {
         let lines = |pause: &str| (0..LINES).map(|n| format!("echo line {n}; sleep {pause}; ")).collect::<String>();
-        let (fate, command) = match dice.below(13) {
+        let (fate, command) = match dice.below(14) {
             0..=3 => (Fate::Forever, format!("{}sleep 100000", lines("0.05"))),
-            4 => (Fate::Forever, format!("{}sleep 100000; trap", lines("0.01"))),
+            4 | 13 => (Fate::Forever, format!("{}sleep 100000; trap", lines("0.01"))),
             5 => (Fate::Exits(0), lines("0.1")),
             6 => (Fate::Exits(0), lines("0.4")),
             7 => (Fate::Exits(7), format!("{}exit 7", lines("0.1"))),
