@@ -183,7 +183,7 @@ fn brave<'a>(places: &'a [Place], agents: Vec<Agent<'a>>, dice: &mut Dice, secon
     let missing = tally::missing(&counts, seconds, storm.on_lab);
     assert!(missing.is_empty(), "storm: violation: too little happened to prove anything: at least {}", missing.join(", "));
     // A look takes some ten milliseconds of an idle machine.
-    let least = usize::try_from(seconds / 2).unwrap_or(usize::MAX);
+    let least = tally::floor_seconds(seconds) / 2;
     assert!(seen.iter().all(|seen| seen.looks >= least), "storm: violation: nobody looked: {looks:?} times, at least {least}");
     for name in ["a", "b", "c", "plane", "sim"] {
         for place in places {

@@ -50,12 +50,18 @@ pub fn summary(counts: &BTreeMap<&'static str, usize>) -> String {
     counts.iter().map(|(what, count)| format!("{count} {what}")).collect::<Vec<_>>().join(", ")
 }
 
+/// For how many seconds much must have happened: one pause or one hanging call may take all of a short storm.
+pub fn floor_seconds(seconds: u64) -> usize {
+    const PAUSE_S: u64 = 20;
+    usize::try_from(seconds.saturating_sub(PAUSE_S)).unwrap_or(usize::MAX)
+}
+
 /// What happened less often than a storm of so many seconds wants; about a tenth of what an idle machine makes of it.
 pub fn missing(counts: &BTreeMap<&'static str, usize>, seconds: u64, on_lab: bool) -> Vec<String> {
-    let seconds = usize::try_from(seconds).unwrap_or(usize::MAX);
+    let seconds = floor_seconds(seconds);
     // A real runtime takes a second for what the simulator does in a millisecond, and is away as long when it is killed.
     let slowness = if on_lab { 4 } else { 1 };
-    let kills = usize::from(seconds >= 60);
+    let kills = usize::from(seconds >= 40);
     let floors = [
         (ACCEPTED, seconds / 2 / slowness),
         (RAN, seconds / 4 / slowness),
@@ -76,7 +82,7 @@ mod tests {
     #[test]
     fn a_storm_in_which_little_happened_is_none() {
         let tally = Tally::default();
-        assert_eq!(missing(&tally.counts(), 1, false), ["1 events"]);
+        assert_eq!(missing(&tally.counts(), 21, false), ["1 events"]);
         assert_eq!(missing(&tally.counts(), 60, true).len(), 8);
         (0..100)
             .for_each(|_| [ACCEPTED, RAN, MET, EVENTS, RESUMED, AGENTS_KILLED, RUNTIMES_KILLED].iter().for_each(|what| tally.add(what)));
