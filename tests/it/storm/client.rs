@@ -590,8 +590,8 @@ impl<'a> Client<'a> {
             },
             404 if answer.problem().1 == "not_found" => Outcome::NotThere,
             409 => Outcome::Conflict(answer.problem().1),
-            // Whether it is done, or on disk, nobody knows.
-            503 | 504 if matches!(problem_code(answer).as_str(), "disk_slow" | "outcome_unknown") => Outcome::Silence,
+            // Whether it is done, or will be, nobody knows.
+            504 if problem_code(answer) == "outcome_unknown" => Outcome::Silence,
             429 | 503 | 504 | 507 => Outcome::Refused,
             _ => {
                 self.storm.violated(&format!("{method} {target}: {} {}", answer.status, answer.text()));

@@ -150,7 +150,7 @@ impl Lines {
 /// Reads one stream to its end, whatever ends it.
 fn read_events(storm: &Storm, book: &mut Book, address: SocketAddr) -> Result<(), String> {
     let query = book.since.map_or_else(|| "replay".to_owned(), |since| format!("since={since}"));
-    let request = format!("GET /events?{query} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n");
+    let request = format!("GET /events?{query} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
     let Some(mut lines) = Lines::ask(address, &request) else { return Ok(()) };
     let Some(first) = lines.next(storm) else { return Ok(()) };
     let first = String::from_utf8_lossy(&first).into_owned();
