@@ -443,7 +443,7 @@ fn without_a_runtime_the_agent_says_what_is_missing() {
     let dir = crate::harness::Dir::new();
     let args = ["--node-id", "n", "--listen", "127.0.0.1:0", "--state-dir", &dir.join("a").display().to_string()];
     if kakuri::config::CRI_SOCKETS.iter().any(|path| std::path::Path::new(path).exists()) {
-        return println!("SKIPPED without_a_runtime: this machine has a runtime in a usual place");
+        return crate::harness::skip(crate::harness::Need::NoRuntime, "this machine has a runtime in a usual place");
     }
     let output = command(AGENT).args(args).output().expect("runs");
     let text = String::from_utf8_lossy(&output.stderr);

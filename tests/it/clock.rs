@@ -8,7 +8,7 @@ use kakuri::workload::{Reason, State};
 use serde_json::json;
 
 use crate::harness::place::with;
-use crate::harness::{Agent, Place, Plane, until};
+use crate::harness::{Agent, Need, Place, Plane, skip, until};
 
 const YEAR_MS: u64 = 365 * 86_400_000;
 
@@ -21,10 +21,11 @@ struct Clock {
 impl Clock {
     /// One that is right; says so where there is none.
     fn new(place: &Place) -> Option<Self> {
-        let roots = ["/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib"];
-        let library = roots.iter().map(|root| Path::new(root).join("faketime/libfaketimeMT.so.1")).find(|path| path.exists());
-        let Some(library) = library else {
-            println!("SKIPPED clock: no libfaketimeMT.so.1; scripts/test installs Debian's libfaketime");
+        // Debian has a directory for each architecture; others have none.
+        let roots = std::fs::read_dir("/usr/lib").into_iter().flatten().flatten().map(|entry| entry.path());
+        let mut libraries = roots.chain(["/usr/lib".into()]).map(|root| root.join("faketime/libfaketimeMT.so.1"));
+        let Some(library) = libraries.find(|path| path.exists()) else {
+            skip(Need::Clock, "no libfaketimeMT.so.1, which is in Debian's libfaketime");
             return None;
         };
         let file = place.dir.write("clock", "+0\n");
@@ -73,6 +74,12 @@ fn years(time: Timestamp) -> i64 {
     (time - now + (time - now).signum() * year / 2) / year
 }
 
+/// The time on the last line of a daemon's log.
+fn last_line_of(place: &Place, daemon: &str) -> Option<Timestamp> {
+    let log = std::fs::read_to_string(place.dir.join(&format!("{daemon}.log"))).ok()?;
+    Timestamp::parse(log.lines().last()?.strip_prefix("ts=")?.split(' ').next()?)
+}
+
 fn jumps(years_text: &str, expect: i64) {
     let place = Place::sim(&[]);
     // Before the daemons, so that it goes after them.
@@ -101,6 +108,13 @@ fn jumps(years_text: &str, expect: i64) {
 
     clock.jump(years_text);
     until("the new time is told", || years(agent.status("forever").1.observed_at) == expect);
+    // And by the control plane, whose clock is another: what it tells of a workload is its agent's time.
+    let of_plane = || {
+        // A refusal is a line of its log.
+        assert_eq!(plane.get("/workloads/nobody").status, 404);
+        last_line_of(&place, "plane").map(years)
+    };
+    until("the control plane has the new time", || of_plane() == Some(expect));
     assert!(agent.node().ready, "{:?}", agent.node().conditions);
     until("the pauses of restarts go on", || restarts(&agent) > before + 2);
     assert_eq!(agent.settle(&slow).0, State::Running, "no start deadline passed");
@@ -122,6 +136,7 @@ fn jumps(years_text: &str, expect: i64) {
     }
     clock.jump("+0");
     until("the old time is told", || years(agent.status("forever").1.observed_at) == 0);
+    until("by the control plane too", || of_plane() == Some(0));
     until("and heard", || plane.workload("forever")["status"]["observed_at"].as_str().and_then(Timestamp::parse).map(years) == Some(0));
     let before = restarts(&agent);
     until("the pauses of restarts go on", || restarts(&agent) > before + 2);

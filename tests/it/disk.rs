@@ -12,7 +12,7 @@ use kakuri::workload::State;
 use serde_json::json;
 
 use crate::harness::place::with;
-use crate::harness::{Agent, Dir, Place, Plane, expect_error, until};
+use crate::harness::{Agent, Dir, Need, Place, Plane, can_mount, expect_error, skip, until};
 
 /// Set for the process that runs a test in a mount namespace of its own: its small disk.
 const SMALL_DISK: &str = "KAKURI_TEST_SMALL_DISK";
@@ -22,9 +22,8 @@ fn on_a_small_disk(test: &str, kib: u32, run: impl FnOnce(&Disk)) {
     if let Some(disk) = std::env::var_os(SMALL_DISK) {
         return run(&Disk(PathBuf::from(disk)));
     }
-    if !Command::new("unshare").args(["-m", "true"]).output().is_ok_and(|output| output.status.success()) {
-        println!("SKIPPED {test}: a mount namespace takes root");
-        return;
+    if !can_mount() {
+        return skip(Need::Mounts, "a mount namespace takes root");
     }
     let dir = Dir::new();
     let disk = dir.join("disk");

@@ -3,8 +3,8 @@
 use std::path::Path;
 use std::process::Command;
 
-use crate::harness::Place;
 use crate::harness::daemon::command;
+use crate::harness::{Need, Place, skip};
 
 /// A Python that speaks gRPC and can compile a `.proto`.
 fn python() -> Option<String> {
@@ -18,7 +18,7 @@ fn python() -> Option<String> {
 #[test]
 fn a_client_that_is_not_ours_understands_the_simulator() {
     let Some(python) = python() else {
-        return println!("SKIPPED grpcio: set KAKURI_TEST_PYTHON to a Python with grpcio, protobuf and grpc_tools (or install protoc)");
+        return skip(Need::Python, "no Python with grpcio, protobuf and grpc_tools or protoc (KAKURI_TEST_PYTHON)");
     };
     let place = Place::sim(&[]);
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/grpcio_client.py");

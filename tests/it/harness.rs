@@ -23,6 +23,7 @@ pub use place::Place;
 pub use plane::Plane;
 
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
@@ -45,6 +46,56 @@ macro_rules! scenarios {
             $(#[test] fn $name() { $crate::harness::Place::with_lab(super::$name); })+
         }
     };
+}
+
+/// What a test may need that a machine may lack.
+#[derive(Clone, Copy)]
+pub enum Need {
+    /// A clock that can be set for one process: libfaketime.
+    Clock,
+    /// A real container runtime, with all that `scripts/lab` and `scripts/test` give it.
+    Lab,
+    /// Mount namespaces, and root in them.
+    Mounts,
+    /// No container runtime in any of the usual places.
+    NoRuntime,
+    /// A Python that speaks gRPC.
+    Python,
+}
+
+impl Need {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Clock => "clock",
+            Self::Lab => "lab",
+            Self::Mounts => "mounts",
+            Self::NoRuntime => "no-runtime",
+            Self::Python => "python",
+        }
+    }
+}
+
+/// Says that the test is left out, and for want of what. libtest shows nobody what a test that passed said, so it is said in the file
+/// that `KAKURI_SKIPS` names too, which `scripts/test` reads. What `KAKURI_NO_SKIP` names (words, or `all`) is there, says whoever
+/// set it; then there is no reason to leave anything out, and a test that does has failed.
+pub fn skip(need: Need, why: &str) {
+    let (thread, name) = (thread::current(), need.name());
+    let test = thread.name().unwrap_or("a test");
+    let none = std::env::var("KAKURI_NO_SKIP").unwrap_or_default();
+    let is_there = none.split_whitespace().any(|word| word == name || word == "all");
+    assert!(!is_there, "{test} would be skipped, and {name} is said to be there: {why}");
+    println!("SKIPPED {test}: {name}: {why}");
+    if let Some(path) = std::env::var_os("KAKURI_SKIPS").map(PathBuf::from) {
+        let file = fs::OpenOptions::new().create(true).append(true).open(&path);
+        // One write, so that lines of tests side by side stay whole.
+        let written = file.and_then(|mut file| file.write_all(format!("{name}\t{test}\t{why}\n").as_bytes()));
+        written.unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    }
+}
+
+/// Whether this machine lets us mount a file system of our own, which takes root.
+pub fn can_mount() -> bool {
+    std::process::Command::new("unshare").args(["-m", "true"]).output().is_ok_and(|output| output.status.success())
 }
 
 /// Asks until there is an answer.

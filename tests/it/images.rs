@@ -586,10 +586,6 @@ mod lab {
     use super::*;
     use crate::harness::place::Lab;
 
-    fn skipped(test: &str) {
-        println!("SKIPPED lab::{test}: set KAKURI_REGISTRY_OPEN=HOST:PORT, as scripts/test does");
-    }
-
     fn sha256(bytes: &[u8]) -> String {
         let mut child = Command::new("sha256sum").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("coreutils");
         child.stdin.take().expect("a pipe").write_all(bytes).expect("written");
@@ -630,7 +626,7 @@ mod lab {
         let _alone = Lab::alone();
         Place::with_lab_unguarded("native", |place| {
             let Some(registry) = place.lab().and_then(|lab| lab.open_registry.clone()) else {
-                return skipped("what_was_pulled_is_recorded_by_its_manifest_and_collected");
+                return crate::harness::skip(crate::harness::Need::Lab, "no registry (KAKURI_REGISTRY_OPEN=HOST:PORT)");
             };
             // Full, whatever there is.
             let tight = "image_gc_capacity_mb = 1\nimage_gc_high_percent = 1\nimage_gc_low_percent = 0\nimage_gc_min_age_s = 0\n";
