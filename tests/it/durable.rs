@@ -3,7 +3,7 @@
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Output, Stdio};
 use std::sync::Mutex;
 use std::thread;
 
@@ -12,9 +12,10 @@ use kakuri::workload::State;
 use serde_json::{Value, json};
 
 use crate::harness::daemon::{CLI, PLANE, command};
+use crate::harness::http::Answer;
 use crate::harness::place::with;
 use crate::harness::plane::try_ask;
-use crate::harness::{Agent, Place, Plane, SOON_MS, eventually, expect_error, expect_status, until};
+use crate::harness::{Agent, Need, Place, Plane, SOON_MS, can_mount, eventually, expect_error, expect_status, skip, unique, until};
 
 fn sleeper(place: &Place, id: &str) -> Value {
     with(place.workload(id, &["sleep", "1000"]), json!({"stop_grace_ms": 0, "labels": {"app": id}}))
@@ -59,18 +60,18 @@ impl<'a> Death<'a> {
 }
 
 /// Runs a scenario before and after a kind of commit, each in a place of its own, side by side.
-fn around(kind: &str, scenario: impl Fn(&Place, String, bool) + Sync) {
+fn around(stem: &str, scenario: impl Fn(&Place, String, bool) + Sync) {
     thread::scope(|scope| {
         for (when, is_after) in [("before", false), ("after", true)] {
             let scenario = &scenario;
-            scope.spawn(move || scenario(&Place::sim(&[]), format!("control_plane-{kind}-{when}"), is_after));
+            scope.spawn(move || scenario(&Place::sim(&[]), format!("{stem}-{when}"), is_after));
         }
     });
 }
 
 #[test]
 fn a_death_over_a_post_leaves_it_there_or_not_there() {
-    around("insert", |place, failpoint, is_after| {
+    around("control_plane-insert", |place, failpoint, is_after| {
         let mut death = Death::prepare(place);
         let is_acknowledged = death.over(&failpoint, "POST", "/workloads", Some(&sleeper(place, "new")));
         assert!(!is_acknowledged, "nobody could have answered");
@@ -91,7 +92,7 @@ fn a_death_over_a_post_leaves_it_there_or_not_there() {
 
 #[test]
 fn a_death_before_what_the_agent_said_is_on_disk_loses_nothing() {
-    around("known", |place, failpoint, _| {
+    around("control_plane-known", |place, failpoint, _| {
         let agent = place.agent(&[]);
         let mut plane = Plane::start(place, &[&agent], &[]);
         plane.terminate();
@@ -110,7 +111,7 @@ fn a_death_before_what_the_agent_said_is_on_disk_loses_nothing() {
 
 #[test]
 fn a_death_over_a_stop_stops_it_or_leaves_it_running() {
-    around("stop", |place, failpoint, is_after| {
+    around("control_plane-stop", |place, failpoint, is_after| {
         let mut death = Death::prepare(place);
         assert!(!death.over(&failpoint, "POST", "/workloads/old/stop", None));
         if is_after {
@@ -162,7 +163,7 @@ fn a_death_over_a_delete_deletes_it_or_leaves_it_running() {
 
 #[test]
 fn a_death_over_labels_changes_all_or_none() {
-    around("labels", |place, failpoint, is_after| {
+    around("control_plane-labels", |place, failpoint, is_after| {
         let mut death = Death::prepare(place);
         let patch = json!({"labels": {"app": null, "tier": "web"}});
         assert!(!death.over(&failpoint, "PATCH", "/workloads/old", Some(&patch)));
@@ -173,6 +174,143 @@ fn a_death_over_labels_changes_all_or_none() {
         assert_eq!(death.plane.post("/workloads", &with(sleeper(place, "old"), json!({"labels": expect}))).status, 200);
         assert_eq!(starts(place), 1);
     });
+}
+
+#[test]
+fn a_death_over_an_end_tells_it_when_it_is_on_disk_and_not_before() {
+    around("control_plane-end", |place, failpoint, is_after| {
+        let mut agent = place.agent(&[]);
+        let mut plane = Plane::start(place, &[&agent], &[]);
+        plane.terminate();
+        plane.again_to_die_at(&failpoint);
+        plane.wait_until_ready();
+        let ends = place.workload("ends", &["sh", "-c", "sleep 0.7; exit 3"]);
+        assert_eq!(plane.post("/workloads", &ends).status, 201);
+        let told = try_ask(plane.address, "GET", &format!("/workloads/ends?for=terminal&wait_ms={SOON_MS}"), None);
+        plane.wait_for_end();
+        let is_over = |workload: &Value| workload["state"] == "Failed" || workload["state"] == "Succeeded";
+        assert!(told.is_none_or(|answer| !is_over(&answer.json())), "it was told before it was on disk, or over its own death");
+        // Its agent knows; without it, what is on disk is all there is.
+        agent.kill();
+        plane.again();
+        let alone = plane.workload("ends");
+        assert_eq!(is_over(&alone), is_after, "{alone}");
+        assert_eq!(alone["status"]["exit_code"], if is_after { json!(3) } else { Value::Null }, "{alone}");
+        agent.again();
+        plane.wait_until_ready();
+        let ended = plane.ended("ends");
+        let (state, status) = agent.status("ends");
+        assert_eq!(
+            (state, status.exit_code, status.finished_at.map(|at| at.to_string())),
+            (State::Failed, Some(3), text(&ended["status"]["finished_at"]))
+        );
+        assert_eq!((&ended["status"]["exit_code"], &ended["status"]["reason"]), (&json!(3), &json!("Error")), "{ended}");
+        assert!(!is_after || ended["status"]["finished_at"] == alone["status"]["finished_at"], "{alone}, then {ended}");
+        assert_eq!(starts(place), 1);
+    });
+}
+
+fn text(value: &Value) -> Option<String> {
+    value.as_str().map(str::to_owned)
+}
+
+/// Posts, stops and deletes, one workload after the other, with a control plane that dies at its first, second, .. commit, whatever
+/// that is of, and has the next one make the best of it; how many deaths there were.
+fn die_at_each_commit(failpoint: &str) -> usize {
+    let place = Place::sim(&[]);
+    let agent = place.agent(&[]);
+    let mut plane = Plane::start(&place, &[&agent], &[]);
+    plane.run(&sleeper(&place, "witness"));
+    let witness = plane.workload("witness")["status"]["container_id"].clone();
+    for pass in 0..100 {
+        let (id, at) = (unique(), format!("{failpoint}@{pass}"));
+        let (workload, path) = (sleeper(&place, &id), format!("/workloads/{id}"));
+        place.forget_calls();
+        plane.kill();
+        // It may die before it serves, or before it knows its node.
+        let ready =
+            |plane: &Plane<'_>| try_ask(plane.address, "GET", "/nodes", None).is_some_and(|a| a.json()["items"][0]["ready"] == true);
+        let serves = plane.try_again_to_die_at(&at)
+            && eventually(&at, SOON_MS, || if plane.has_died() { Some(false) } else { ready(&plane).then_some(true) });
+        let steps = [
+            ("POST", format!("/workloads?wait_ms={SOON_MS}"), Some(&workload)),
+            ("POST", format!("{path}/stop"), None),
+            ("DELETE", path.clone(), None),
+        ];
+        let answers = steps.iter().filter(|_| serves).map_while(|(method, target, body)| try_ask(plane.address, method, target, *body));
+        let answers: Vec<Answer> = answers.inspect(|answer| assert!(answer.status < 300, "{at}: {}", answer.text())).collect();
+        let is_over = answers.len() == steps.len();
+        let is_gone = |plane: &Plane<'_>| try_ask(plane.address, "GET", &path, None).is_some_and(|answer| answer.status == 404);
+        let mut has_died = !is_over;
+        if is_over {
+            until(&at, || {
+                has_died = plane.has_died();
+                has_died || is_gone(&plane)
+            });
+        }
+        if !has_died {
+            // What it has still to write may be its end, too.
+            plane.signal("TERM");
+        }
+        let code = if plane.is_started() { plane.wait_for_end().code() } else { None };
+        plane.again();
+        plane.wait_until_ready();
+        if code == Some(0) {
+            return pass;
+        }
+        assert_eq!(plane.workload("witness")["status"]["container_id"], witness, "{at}");
+        let now = plane.get(&path);
+        // What was answered for is so, and what was not is so or not.
+        let ran = answers.first().map(|answer| answer.json()["status"]["container_id"].clone());
+        match answers.len() {
+            0 => {
+                let status = plane.post("/workloads", &workload).status;
+                assert_eq!(status, if now.status == 404 { 201 } else { 200 }, "{at}");
+                until(&at, || plane.workload(&id)["state"] == "Running");
+            }
+            1 => {
+                let now = now.json();
+                assert_eq!(Some(&now["status"]["container_id"]), ran.as_ref(), "{at}: {now}");
+                assert!(now["state"] == "Running" || now["status"]["reason"] == "Stopped", "{at}: {now}");
+            }
+            2 => until(&at, || {
+                let now = plane.get(&path);
+                now.status == 404 || now.json()["status"]["reason"] == "Stopped"
+            }),
+            _ => until(&at, || is_gone(&plane)),
+        }
+        assert!(matches!(plane.ask("DELETE", &path, None).status, 202 | 404), "{at}");
+        until(&at, || is_gone(&plane));
+        until("there too", || agent.list().len() == 1 && place.sandboxes_of(&id).is_empty());
+        assert_eq!(starts(&place), 1, "{at}");
+    }
+    panic!("{failpoint}: no end after 100 passes")
+}
+
+#[test]
+fn a_death_at_any_commit_keeps_what_was_answered_for() {
+    thread::scope(|scope| {
+        for failpoint in ["control_plane-store-before", "control_plane-store-after"] {
+            scope.spawn(move || {
+                let passes = die_at_each_commit(failpoint);
+                println!("{failpoint}: the control plane died at {passes} commits");
+                assert!(passes > 2, "{failpoint} was hardly passed");
+            });
+        }
+    });
+}
+
+#[test]
+fn a_death_over_the_making_of_a_store_is_made_good() {
+    for failpoint in ["control_plane-store-before", "control_plane-store-after"] {
+        let place = Place::sim(&[]);
+        let mut dying = command(PLANE);
+        dying.env("KAKURI_DIE_AT", failpoint).arg("--data-dir").arg(place.dir.join("plane"));
+        let died = dying.args(["--listen", "127.0.0.1:0", "--until-eof"]).stdin(Stdio::null()).output().expect("its end");
+        assert_eq!(died.status.code(), None, "{failpoint}: {died:?}");
+        let plane = Plane::start_now(&place, &[], &[]);
+        assert_eq!(plane.get("/workloads").json()["items"], json!([]), "{failpoint}");
+    }
 }
 
 /// kill -9, and SIGTERM, while many clients post: the store's commits, the agent's starts and the answers are cut through anywhere.
@@ -339,11 +477,8 @@ fn a_store_goes_out_and_in() {
 /// Needs root, for a file system of its own that is small.
 #[test]
 fn a_full_disk_refuses_new_work_and_loses_nothing() {
-    let is_root = std::fs::metadata("/proc/self").is_ok_and(|me| std::os::unix::fs::MetadataExt::uid(&me) == 0);
-    let can_mount = is_root && Command::new("unshare").args(["-m", "true"]).status().is_ok_and(|status| status.success());
-    if !can_mount {
-        println!("SKIPPED disk full: needs root and mount namespaces");
-        return;
+    if !can_mount() {
+        return skip(Need::Mounts, "a mount namespace takes root");
     }
     let place = Place::sim(&[]);
     let agent = place.agent(&[]);

@@ -219,6 +219,42 @@ fn every_limit_limits_something() {
     }
 }
 
+/// Every place where a test lets a daemon die, by its name.
+fn places_to_die() -> BTreeSet<String> {
+    let mut places = BTreeSet::new();
+    for (name, text) in files("src").into_iter().filter(|(name, _)| !is_test(name) && name != "failpoint.rs") {
+        for line in code(&text) {
+            let Some((_, place)) = line.split_once("failpoint::pass(") else { continue };
+            if let Some(place) = place.strip_prefix('"').and_then(|rest| rest.split('"').next()) {
+                places.insert(place.to_owned());
+                continue;
+            }
+            // The one that is put together: of each kind of commit.
+            let kinds = text.split("fn kinds(").nth(1).and_then(|rest| rest.split("\n}").next()).unwrap_or_default();
+            let (before, after) =
+                place.strip_prefix("&format!(\"").and_then(|rest| rest.split('"').next()?.split_once("{kind}")).unwrap_or_else(|| {
+                    panic!("src/{name}: a name that this test cannot read: {line}");
+                });
+            places.extend(kinds.split('"').skip(1).step_by(2).map(|kind| format!("{before}{kind}{after}")));
+        }
+    }
+    places
+}
+
+#[test]
+fn every_place_to_die_is_died_at() {
+    let places = places_to_die();
+    assert!(places.len() > 20, "{places:?}");
+    let tests: String = files("tests/it").into_iter().filter(|(name, _)| name != "tidy.rs").map(|(_, text)| text).collect();
+    for place in &places {
+        let stem = place.trim_end_matches("-before").trim_end_matches("-after");
+        let is_armed = tests.contains(&format!("\"{place}\""))
+            || tests.contains(&format!("\"{place}@"))
+            || tests.contains(&format!("around(\"{stem}\""));
+        assert!(is_armed, "no test lets a daemon die at {place}");
+    }
+}
+
 fn readme() -> String {
     fs::read_to_string(root().join("README.md")).expect("a README")
 }

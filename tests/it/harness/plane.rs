@@ -8,10 +8,10 @@ use std::thread;
 use kakuri::net::Address;
 use serde_json::Value;
 
-use super::agent::{address_of, is_of_clock};
+use super::agent::{address_of, size, steady};
 use super::daemon::{Daemon, PLANE, command};
 use super::http::{Answer, Http};
-use super::{Agent, Place, SOON_MS, eventually, half_written, until};
+use super::{Agent, Place, SOON_MS, half_written, until, within};
 
 /// A running control plane.
 pub struct Plane<'a> {
@@ -21,8 +21,8 @@ pub struct Plane<'a> {
     pub address: SocketAddr,
     flags: Vec<String>,
     environment: Vec<(String, String)>,
-    /// Threads and descriptors when all nodes were ready and nobody was connected.
-    idle: Option<[usize; 2]>,
+    /// Threads, descriptors that are no sockets, and sockets, when all nodes were ready and nobody was connected.
+    idle: Option<[usize; 3]>,
 }
 
 impl<'a> Plane<'a> {
@@ -31,7 +31,7 @@ impl<'a> Plane<'a> {
         let mut plane = Self::start_now(place, agents, flags);
         plane.wait_until_ready();
         until("connections end", || plane.connections() == 0);
-        plane.idle = Some(plane.size());
+        plane.idle = Some(steady(|| plane.size()));
         plane
     }
 
@@ -138,17 +138,39 @@ impl<'a> Plane<'a> {
         self.again_as(command);
     }
 
-    /// Starts it again where it was, by a command of the test's.
-    pub fn again_as(&mut self, command: Command) {
+    /// The same for a place that it may pass before it serves; whether it serves.
+    pub fn try_again_to_die_at(&mut self, place: &str) -> bool {
+        self.listen_as_before();
+        let started = Daemon::try_start(PLANE, "plane", &self.place.dir.join(""), &self.flags, &[("KAKURI_DIE_AT", place)]);
+        self.daemon = started.ok().map(|(daemon, _)| daemon);
+        self.daemon.is_some()
+    }
+
+    /// Whether it was started, and nobody has waited for its end yet.
+    pub fn is_started(&self) -> bool {
+        self.daemon.is_some()
+    }
+
+    fn listen_as_before(&mut self) {
         assert!(self.daemon.is_none(), "it still runs");
         let at = self.flags.iter().position(|flag| flag == "--listen").expect("a usual flag");
         self.flags[at + 1] = self.address.to_string();
+    }
+
+    /// Starts it again where it was, by a command of the test's.
+    pub fn again_as(&mut self, command: Command) {
+        self.listen_as_before();
         self.daemon = Some(Daemon::start_as(command, "plane", &self.place.dir.join(""), &self.flags).0);
     }
 
     /// Sends it a signal.
     pub fn signal(&self, name: &str) {
         self.daemon.as_ref().expect("it runs").signal(name);
+    }
+
+    /// Whether it ended by itself.
+    pub fn has_died(&mut self) -> bool {
+        self.daemon().try_wait().is_some()
     }
 
     /// Waits for an end that something else brought about.
@@ -181,9 +203,8 @@ impl<'a> Plane<'a> {
         threads.iter().filter(|name| name.strip_prefix("http-").is_some_and(|n| n.parse::<u64>().is_ok())).count()
     }
 
-    fn size(&self) -> [usize; 2] {
-        let daemon = self.daemon.as_ref().expect("it runs");
-        [daemon.threads().len(), daemon.descriptors().iter().filter(|d| !is_of_clock(d)).count()]
+    fn size(&self) -> [usize; 3] {
+        size(self.daemon.as_ref().expect("it runs"))
     }
 }
 
@@ -204,13 +225,13 @@ impl Drop for Plane<'_> {
             self.delete(item["id"].as_str().expect("an id"));
         }
         until("connections end", || self.connections() == 0);
-        if let Some([threads, descriptors]) = self.idle {
+        if let Some([threads, others, sockets]) = self.idle {
             // Idle connections to agents are kept, up to a limit.
-            let descriptors = descriptors + kakuri::limits::NODE_POOL_MAX;
-            eventually("the control plane is as small as when it was idle", SOON_MS, || {
-                let size = self.size();
-                (size[0] <= threads && size[1] <= descriptors).then_some(())
-            });
+            let most = [threads, others, sockets + kakuri::limits::NODE_POOL_MAX];
+            let is_small = || self.size().iter().zip(most).all(|(now, most)| *now <= most).then_some(());
+            let found = within(SOON_MS, is_small);
+            let daemon = self.daemon.as_ref().expect("it runs");
+            assert!(found.is_some(), "{:?} is more than {most:?}: {:?} {:?}", self.size(), daemon.threads(), daemon.descriptors());
         }
         assert_eq!(self.daemon().stop(), Some(0), "the control plane's exit code");
         assert_eq!(half_written(&self.data_dir()), [] as [std::path::PathBuf; 0], "files that were not finished");
