@@ -433,4 +433,25 @@ mod tests {
         let (_, replay) = dir.open().expect("opened");
         assert_eq!(replay.saved.keys().collect::<Vec<_>>(), ["kept"]);
     }
+
+    #[test]
+    fn after_a_compaction_that_failed_nothing_is_appended_before_the_file_is_written_anew() {
+        let dir = Dir::new("doubt");
+        let (mut journal, _) = dir.open().expect("begun");
+        let hidden = dir.0.join("journal.new");
+        fs::create_dir(&hidden).expect("nothing can be written under this name now");
+        while !journal.is_broken() {
+            assert!(journal.length <= limits::JOURNAL_COMPACT_BYTES_MIN + 4096, "it was not compacted");
+            journal.append(&[keep("a"), update("a", State::Running)]).expect("what was appended is on disk, compacted or not");
+        }
+        journal.append(&[keep("b")]).expect_err("which file it would go to is not known");
+        journal.rewrite(&[keep("a")]).expect_err("still not");
+        assert!(journal.is_broken());
+        fs::remove_dir(&hidden).expect("removed");
+        journal.rewrite(&[keep("a"), update("a", State::Running)]).expect("written anew");
+        journal.append(&[keep("c")]).expect("appended");
+        drop(journal);
+        let (_, replay) = dir.open().expect("opened");
+        assert_eq!(replay.saved.keys().collect::<Vec<_>>(), ["a", "c"]);
+    }
 }

@@ -15,6 +15,7 @@ use super::registry::{CheckUp, Chore, EndStep, EndTicket, StartTicket};
 use crate::cri::images::Image;
 use crate::cri::runtime::{self, Observed, Order, Seen, StartError, Started};
 use crate::deadline::Deadline;
+use crate::failpoint;
 use crate::grpc::{Code, ErrorKind};
 use crate::limits;
 use crate::net::{Address, Stream};
@@ -231,7 +232,9 @@ fn make_log_dir(agent: &Agent, dir: &Path) -> io::Result<()> {
         Ok(()) | Err(_) => {}
     }
     DirBuilder::new().recursive(true).mode(0o700).create(&hidden)?;
+    failpoint::pass("agent-logs-make-before");
     fs::write(hidden.join(mark(agent)), "")?;
+    failpoint::pass("agent-logs-make-after");
     fs::rename(&hidden, dir)
 }
 
@@ -252,6 +255,7 @@ fn remove_log_dir(agent: &Agent, dir: &Path) -> io::Result<()> {
     if !is_hidden {
         fs::rename(dir, &last)?;
     }
+    failpoint::pass("agent-logs-remove-before");
     if let Some(files) = Files::open(&last)? {
         files.wipe();
     }
@@ -262,6 +266,7 @@ fn remove_log_dir(agent: &Agent, dir: &Path) -> io::Result<()> {
         }
         if entry.file_type()?.is_dir() { gone(fs::remove_dir_all(entry.path()))? } else { gone(fs::remove_file(entry.path()))? }
     }
+    failpoint::pass("agent-logs-remove-after");
     fs::remove_dir_all(last)
 }
 
