@@ -8,8 +8,10 @@ use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
+use std::time::Duration;
 
 use kakuri::agent::logs::{LogReader, More, Tail};
 use kakuri::config;
@@ -27,18 +29,55 @@ use kakuri::workload::WorkloadId;
 use serde_json::json;
 
 use crate::harness::dice::Dice;
-use crate::harness::{Dir, Http, Place, Plane, brief};
+use crate::harness::{Dir, Http, Place, Plane, SOON_MS, brief, until, within};
 
 /// Feeds mangled samples to `target`, which checks its own rules and panics when one is broken.
-fn torture(rounds: usize, samples: &[&[u8]], mut target: impl FnMut(&mut Dice, &[u8])) {
+fn torture(rounds: usize, samples: &[&[u8]], target: impl FnMut(&mut Dice, &[u8])) {
+    let hung = |words: &str| {
+        // Nothing else ends a thread that hangs, and with it this test.
+        let _ = writeln!(std::io::stderr(), "{words}"); // There is nobody else to tell.
+        std::process::abort();
+    };
+    torture_for(2000, 60_000, hung, rounds, samples, target);
+}
+
+/// The same, with what a round may take, and what is done about one that takes so long that it will never end.
+fn torture_for(
+    round_ms: u64,
+    hang_ms: u64,
+    hung: impl Fn(&str) + Send,
+    rounds: usize,
+    samples: &[&[u8]],
+    mut target: impl FnMut(&mut Dice, &[u8]),
+) {
     let mut dice = Dice::new();
-    for round in 0..rounds {
-        let sample = samples[dice.below(samples.len())];
-        let input = dice.mangle(sample);
-        let watch = Stopwatch::start();
-        target(&mut dice, &input);
-        assert!(watch.elapsed_ms() < 2000, "round {round} took {} ms for {} bytes", watch.elapsed_ms(), input.len());
-    }
+    let test = thread::current().name().unwrap_or_default().to_owned();
+    let (begin, begun) = mpsc::channel::<(usize, Vec<u8>)>();
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            let mut round = None;
+            loop {
+                match begun.recv_timeout(Duration::from_millis(hang_ms)) {
+                    Ok(next) => round = Some(next),
+                    Err(mpsc::RecvTimeoutError::Disconnected) => return,
+                    Err(mpsc::RecvTimeoutError::Timeout) => {
+                        let (round, input) = round.take().unwrap_or_default();
+                        return hung(&format!("{test}: round {round} hangs over {}", brief(&String::from_utf8_lossy(&input))));
+                    }
+                }
+            }
+        });
+        // Its end, be it a panic's, is the watchdog's.
+        let begin = begin;
+        for round in 0..rounds {
+            let sample = samples[dice.below(samples.len())];
+            let input = dice.mangle(sample);
+            let _ = begin.send((round, input.clone())); // A watchdog that barked is gone.
+            let watch = Stopwatch::start();
+            target(&mut dice, &input);
+            assert!(watch.elapsed_ms() < round_ms, "round {round} took {} ms for {} bytes", watch.elapsed_ms(), input.len());
+        }
+    });
 }
 
 const LINES: [&[u8]; 8] = [
@@ -52,18 +91,45 @@ const LINES: [&[u8]; 8] = [
     br#"{"type":"DeleteWorkload","id":"wl-1","wait_ms":0}"#,
 ];
 
+/// What a panic of `torture` says.
+fn panic_of(torture: impl FnOnce()) -> String {
+    let panic = catch_unwind(AssertUnwindSafe(torture)).expect_err("the planted bug was not found");
+    panic.downcast_ref::<String>().cloned().or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned())).expect("words")
+}
+
+/// Three targets that are each wrong in one way. All must be caught, and for what they are, or this whole file proves nothing.
 #[test]
-fn a_planted_bug_is_found() {
-    // A parser that trusts a length, and one that is slow on purpose: both must be caught, or this whole file proves nothing.
+fn planted_bugs_are_found() {
+    // A parser that believes a length it read.
     let trusting = |_: &mut Dice, bytes: &[u8]| {
-        if let Some(at) = bytes.iter().position(|b| *b == b'}') {
-            let announced = usize::from(bytes[at.saturating_sub(1)]);
-            assert!(announced != usize::from(b'"') || bytes.len() < 100_000 || bytes[announced] != 0, "the planted bug");
-            let _ = &bytes[at..at + 1 + usize::from(bytes.len() % 97 == 13)];
+        let announced = bytes.iter().find(|b| b.is_ascii_digit()).map_or(0, |digit| usize::from(digit - b'0'));
+        let _ = &bytes[..announced];
+    };
+    let words = panic_of(|| torture(20_000, &LINES, trusting));
+    assert!(words.contains("out of range"), "{words}");
+    // One that is slow where objects are many.
+    let is_hard = |bytes: &[u8]| bytes.iter().filter(|b| **b == b'{').count() > 10;
+    let slow = |_: &mut Dice, bytes: &[u8]| {
+        if is_hard(bytes) {
+            within(200, || None::<()>);
         }
     };
-    let found = catch_unwind(AssertUnwindSafe(|| torture(20_000, &LINES, trusting)));
-    assert!(found.is_err(), "the planted bug was not found");
+    let words = panic_of(|| torture_for(150, 60_000, |words| panic!("{words}"), 20_000, &LINES, slow));
+    assert!(words.contains(" took ") && words.contains(" ms for "), "{words}");
+    // One that never comes back, until the watchdog lets it.
+    let (said, is_released) = (Mutex::new(String::new()), AtomicBool::new(false));
+    let bark = |words: &str| {
+        words.clone_into(&mut said.lock().expect("not poisoned"));
+        is_released.store(true, Ordering::SeqCst);
+    };
+    let hangs = |_: &mut Dice, bytes: &[u8]| {
+        if is_hard(bytes) {
+            until("the watchdog barks", || is_released.load(Ordering::SeqCst));
+        }
+    };
+    torture_for(SOON_MS, 1000, bark, 20_000, &LINES, hangs);
+    let said = said.into_inner().expect("not poisoned");
+    assert!(said.contains("planted_bugs_are_found: round ") && said.contains(" hangs over "), "{said:?}");
 }
 
 #[test]
