@@ -266,6 +266,7 @@ fn post(client: &Client, body: &Body) -> Result<(WorkloadId, Value), Error> {
     let mut sent = send();
     let is_lost = id.is_some() && sent.as_ref().is_err_and(client::Error::is_lost_connection);
     if is_lost {
+        // It may be starting again: at once it would not be there yet.
         thread::sleep(Duration::from_millis(limits::CLI_POLL_MS_MIN));
         sent = send();
     }

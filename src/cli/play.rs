@@ -353,6 +353,7 @@ impl Children {
             if deadline.left().is_err() {
                 return Err(Error::Ready { program });
             }
+            // A child, its socket and a signal are waited for at once, and std waits for none of them with a deadline.
             thread::sleep(Duration::from_millis(limits::PLAY_POLL_MS));
         }
         Ok(true)

@@ -279,7 +279,7 @@ fn files_belong_where_xdg_says() {
 fn no_cut_of_a_file_is_misread() {
     for (end, _) in FULL.char_indices() {
         for text in [FULL[..end].to_owned(), FULL[end..].to_owned(), format!("{}\u{7f}é{}", &FULL[..end], &FULL[end..])] {
-            let file = Source { name: "f".into(), directory: PathBuf::new(), text };
+            let file = reader::Source { name: "f".into(), directory: PathBuf::new(), text };
             let mut problems = Vec::new();
             let read = file.deserialize::<RawAgent>(&mut problems);
             assert!(read.is_some() || !problems.is_empty(), "{}", file.text);

@@ -332,7 +332,7 @@ fn take(plane: &Plane, node: &Node, event: Event) {
         }
         // It may be an earlier workload of the same id that is gone: the agent is asked, by the dispatcher or by us.
         EventKind::Deleted if record.desired == Desired::Deleted => plane.dispatch.nudge(&record.workload.id),
-        EventKind::Deleted => drop(plane.refresh(&record, None)),
+        EventKind::Deleted => drop(plane.refresh(&record)),
     }
 }
 
@@ -356,7 +356,7 @@ fn is_sure_of_missing(plane: &Plane, node: &Node, listed: &HashSet<WorkloadId>) 
     };
     let missing = plane.store.page(None, usize::MAX, is_missing).records;
     let asked = missing.iter().take_while(|_| !plane.stopping.is_set());
-    let unsure = asked.filter(|record| !plane.inquire(record, None).1).count();
+    let unsure = asked.filter(|record| !plane.inquire(record).1).count();
     unsure == 0
 }
 

@@ -69,7 +69,7 @@ pub(super) fn choose(draft: &Draft) -> Result<Choice, Denial> {
     Ok(Choice { classes, own_kernel: profile.own_kernel })
 }
 
-/// Names are RFC 1123 labels, which have no underscore: `multi-tenant` is `multi_tenant`.
+/// `multi-tenant` is `multi_tenant`: a name may be written either way.
 fn is_named(profile: &Profile, name: &Name) -> bool {
     profile.name == name.as_str().replace('-', "_")
 }

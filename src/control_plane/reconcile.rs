@@ -30,7 +30,7 @@ use crate::deadline::{Deadline, Stopwatch};
 use crate::limits;
 use crate::report::Chain;
 use crate::wire::Status;
-use crate::wire::agent::{ErrorCode, Reply, Request, Until};
+use crate::wire::agent::{ErrorCode, Reply, Request};
 use crate::workload::{Desired, Name, Reason, State, WorkloadId};
 
 /// What an agent is to be told.
@@ -234,17 +234,16 @@ impl Plane {
         Ok(())
     }
 
-    /// Asks the agent how a workload is, and waits until it got somewhere where that is asked for; the record as it is then, which
-    /// is as it was when the agent does not answer, or `None` when it is gone.
-    pub(super) fn refresh(&self, record: &Arc<Record>, wait: Option<(Until, u64)>) -> Option<Arc<Record>> {
-        self.inquire(record, wait).0
+    /// Asks the agent how a workload is; the record as it is then, which is as it was when the agent does not answer, or `None` when it
+    /// is gone.
+    pub(super) fn refresh(&self, record: &Arc<Record>) -> Option<Arc<Record>> {
+        self.inquire(record).0
     }
 
     /// As [`Plane::refresh`]; and whether the agent said how it is, be it that there is no such workload.
-    pub(super) fn inquire(&self, record: &Arc<Record>, wait: Option<(Until, u64)>) -> (Option<Arc<Record>>, bool) {
-        let request = Request::GetStatus { id: record.workload.id.clone(), wait };
-        let ms = limits::NODE_STATUS_MS_MAX.saturating_add(wait.map_or(0, |wait| wait.1));
-        match self.ask(record, &request, ms, "GetStatus").and_then(|reply| self.take(record, reply)) {
+    pub(super) fn inquire(&self, record: &Arc<Record>) -> (Option<Arc<Record>>, bool) {
+        let request = Request::GetStatus { id: record.workload.id.clone(), wait: None };
+        match self.ask(record, &request, limits::NODE_STATUS_MS_MAX, "GetStatus").and_then(|reply| self.take(record, reply)) {
             Ok(after) => (after, true),
             Err(error) => {
                 let after = self.trouble(record, &error);

@@ -216,6 +216,7 @@ fn a_node_that_always_has_news_does_not_hold_up_a_stop() {
         let limit = soon();
         while !over.load(Ordering::SeqCst) && limit.left().is_ok() {
             agent.set("a", State::Running, |_| {});
+            // Less often than a watcher's slice: it never waits one out.
             thread::sleep(Duration::from_millis(20));
         }
     });

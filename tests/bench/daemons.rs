@@ -33,17 +33,24 @@ impl Daemon {
         command.args(args).arg("--ready-file").arg(&ready).arg("--until-eof");
         command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(File::create(&log)?);
         let mut child = command.spawn().map_err(|e| format!("{}: {e}", program.display()))?;
-        let deadline = Deadline::within_ms(20_000, "ready file");
-        loop {
-            if let Some((_, address)) = fs::read_to_string(&ready).unwrap_or_default().trim_end().split_once('=') {
-                return Ok(Self { child, address: address.to_owned() });
-            }
-            if deadline.left().is_err() || child.try_wait()?.is_some() {
-                let said = fs::read_to_string(&log).unwrap_or_default();
-                return Err(format!("{} does not serve: {said}", program.display()).into());
-            }
-            thread::sleep(Duration::from_millis(5));
+        let mut address = None;
+        let serves = poll("ready file", 20_000, || {
+            address = fs::read_to_string(&ready).unwrap_or_default().trim_end().split_once('=').map(|(_, address)| address.to_owned());
+            Ok(address.is_some() || child.try_wait()?.is_some())
+        });
+        match (serves, address) {
+            (Ok(()), Some(address)) => Ok(Self { child, address }),
+            (..) => Err(format!("{} does not serve: {}", program.display(), fs::read_to_string(&log).unwrap_or_default()).into()),
         }
+    }
+
+    /// Waits until a control plane has all its nodes.
+    ///
+    /// # Errors
+    /// When it has not within 30 s.
+    pub(crate) fn wait_until_ready(&self) -> Result<(), Failure> {
+        let mut http = Http::connect(self.tcp()?)?;
+        poll("ready nodes", 30_000, || Ok(http.call("GET", "/readyz", None)?.0 == 200))
     }
 
     /// Where it listens.
@@ -95,11 +102,8 @@ impl Daemon {
 impl Drop for Daemon {
     fn drop(&mut self) {
         drop(self.child.stdin.take());
-        let deadline = Deadline::within_ms(15_000, "end");
-        while deadline.left().is_ok() && matches!(self.child.try_wait(), Ok(None)) {
-            thread::sleep(Duration::from_millis(5));
-        }
-        // Over already, as a rule; then both are no-ops.
+        // Over already, as a rule; then the other two are no-ops.
+        let _ = poll("end", 15_000, || Ok(self.child.try_wait()?.is_some()));
         let _ = (self.child.kill(), self.child.wait());
     }
 }
@@ -138,14 +142,22 @@ impl Pair {
         let (plane_dir, data) = own("plane");
         let args = ["--listen", "127.0.0.1:0", "--node", &format!("{node}={}", agent.address), "--data-dir", &data];
         let plane = Daemon::start(&bins.join("kakuri-control-plane"), &args, &plane_dir)?;
-        let mut http = Http::connect(plane.tcp()?)?;
-        let deadline = Deadline::within_ms(20_000, "ready");
-        while http.call("GET", "/readyz", None)?.0 != 200 {
-            deadline.left().map_err(|e| format!("{node}, out of {}: {e}", bins.display()))?;
-            thread::sleep(Duration::from_millis(50));
-        }
+        plane.wait_until_ready().map_err(|e| format!("{node}, out of {}: {e}", bins.display()))?;
         Ok(Self { plane, agent })
     }
+}
+
+/// Looks again and again until it is so, for nothing that is waited for here tells when it is.
+///
+/// # Errors
+/// When it is not so within `ms`, and whatever the look says.
+pub(crate) fn poll(what: &'static str, ms: u64, mut is_so: impl FnMut() -> Result<bool, Failure>) -> Result<(), Failure> {
+    let deadline = Deadline::within_ms(ms, what);
+    while !is_so()? {
+        deadline.left()?;
+        thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
 }
 
 /// A client of an agent: a line there, a line back.

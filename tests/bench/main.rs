@@ -210,7 +210,7 @@ fn report_starts(stages: &[Stage], table: &mut Table) {
 fn memory(setup: &Setup, side: &Side, table: &mut Table) -> Result<(), Failure> {
     let workloads = 50 / setup.scale;
     let both = |pair: &Pair| -> Result<[Memory; 2], Failure> {
-        // After what the start, or the work before, set in motion.
+        // What the start, or the work before, set in motion goes on for a while, and nothing tells when it is over.
         thread::sleep(Duration::from_millis(2000));
         Ok([pair.agent.memory()?, pair.plane.memory()?])
     };

@@ -6,11 +6,11 @@ use std::thread;
 use std::time::Duration;
 
 use kakuri::cri::{Client, runtime};
-use kakuri::deadline::{Deadline, Stopwatch};
+use kakuri::deadline::Stopwatch;
 use kakuri::workload::Name;
 use serde_json::{Value, json};
 
-use crate::daemons::{Daemon, Http, Line};
+use crate::daemons::{Daemon, Http, Line, poll};
 use crate::load::Sample;
 use crate::{Failure, Setup, Table, mb, ms, progress, starts};
 
@@ -46,22 +46,12 @@ impl Fleet {
         let args = ["--listen", "127.0.0.1:0", "--node", &node, "--data-dir", &text(&dir.join("data"))];
         let plane = Daemon::start(&setup.bins.join("kakuri-control-plane"), &args, &dir.join("plane"))?;
         let fleet = Self { dir, plane, agent: Some(agent), agent_args, _sim: sim };
-        fleet.wait_until_ready()?;
+        fleet.plane.wait_until_ready()?;
         Ok(fleet)
     }
 
     fn agent(&self) -> Result<&Daemon, Failure> {
         self.agent.as_ref().ok_or_else(|| "the agent is down".into())
-    }
-
-    fn wait_until_ready(&self) -> Result<(), Failure> {
-        let mut http = Http::connect(self.plane.tcp()?)?;
-        let deadline = Deadline::within_ms(30_000, "ready");
-        while http.call("GET", "/readyz", None)?.0 != 200 {
-            deadline.left()?;
-            thread::sleep(Duration::from_millis(20));
-        }
-        Ok(())
     }
 }
 
@@ -133,12 +123,7 @@ fn posts(fleet: &Fleet, setup: &Setup, clients: usize, total: usize) -> Result<(
 /// Waits until so many run.
 fn all_run(fleet: &Fleet, count: usize) -> Result<(), Failure> {
     let mut line = Line::connect(fleet.agent()?.tcp()?)?;
-    let deadline = Deadline::within_ms(120_000, "all run");
-    while running(&mut line)? < count {
-        deadline.left()?;
-        thread::sleep(Duration::from_millis(50));
-    }
-    Ok(())
+    poll("all run", 120_000, || Ok(running(&mut line)? >= count))
 }
 
 /// How many workloads the agent says run.
@@ -177,7 +162,7 @@ fn at_rest(setup: &Setup, fleet: &Fleet, count: usize, table: &mut Table) -> Res
     );
     table.aim(&format!("one look at {count} workloads"), p50.as_secs_f64(), 1.0, "s");
     let agent = fleet.agent()?;
-    // What the starts set in motion.
+    // What the starts set in motion goes on for a while, and what an agent does at rest is a matter of time.
     thread::sleep(Duration::from_secs(3));
     let (before, watch) = (agent.processor_time()?, Stopwatch::start());
     thread::sleep(REST / u32::try_from(setup.scale)?.min(3));
@@ -201,11 +186,7 @@ fn recovery(setup: &Setup, fleet: &mut Fleet, count: usize, table: &mut Table) -
         let _ = std::fs::remove_file(dir.join("ready")); // Of the one that was killed.
         fleet.agent = Some(Daemon::start(&setup.bins.join("kakuri-agent"), &args, &dir)?);
         let mut line = Line::connect(fleet.agent()?.tcp()?)?;
-        let deadline = Deadline::within_ms(60_000, "recovery");
-        while line.ask(&json!({"type": "GetNode"}), "Node")?["ready"] != true {
-            deadline.left()?;
-            thread::sleep(Duration::from_millis(2));
-        }
+        poll("recovery", 60_000, || Ok(line.ask(&json!({"type": "GetNode"}), "Node")?["ready"] == true))?;
         let known = running(&mut line)?;
         sample.add(watch.elapsed());
         if known != count {
@@ -218,7 +199,7 @@ fn recovery(setup: &Setup, fleet: &mut Fleet, count: usize, table: &mut Table) -
 }
 
 fn delete(fleet: &Fleet, ids: &[String]) -> Result<(), Failure> {
-    fleet.wait_until_ready()?;
+    fleet.plane.wait_until_ready()?;
     let mut http = Http::connect(fleet.plane.tcp()?)?;
     for id in ids {
         let (status, answer) = http.call("DELETE", &format!("/workloads/{id}"), None)?;
@@ -226,10 +207,5 @@ fn delete(fleet: &Fleet, ids: &[String]) -> Result<(), Failure> {
             return Err(format!("DELETE answered {status}: {answer}").into());
         }
     }
-    let deadline = Deadline::within_ms(120_000, "deletion");
-    while http.call("GET", "/workloads?limit=1", None)?.1["items"].as_array().is_none_or(|items| !items.is_empty()) {
-        deadline.left()?;
-        thread::sleep(Duration::from_millis(20));
-    }
-    Ok(())
+    poll("deletion", 120_000, || Ok(http.call("GET", "/workloads?limit=1", None)?.1["items"].as_array().is_some_and(Vec::is_empty)))
 }

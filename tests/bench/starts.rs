@@ -3,14 +3,13 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::thread;
 use std::time::Duration;
 
 use kakuri::cri::{Client, proto, runtime};
 use kakuri::deadline::{Deadline, Stopwatch};
 use serde_json::{Value, json};
 
-use crate::daemons::{Http, Line, Pair};
+use crate::daemons::{Http, Line, Pair, poll};
 use crate::load::Sample;
 use crate::relay::Meter;
 use crate::{Failure, RAW_NODE, mib};
@@ -247,15 +246,7 @@ pub(crate) fn delete(http: &mut Http, id: &str) -> Result<(), Failure> {
     if !(200..300).contains(&status) {
         return Err(format!("DELETE answered {status}: {answer}").into());
     }
-    let deadline = Deadline::within_ms(60_000, "deletion");
-    loop {
-        let (status, object) = http.call("GET", &path, None)?;
-        if status == 404 {
-            return Ok(());
-        }
-        deadline.left().map_err(|e| format!("{e}: {object}"))?;
-        thread::sleep(Duration::from_millis(10));
-    }
+    poll("deletion", 60_000, || Ok(http.call("GET", &path, None)?.0 == 404)).map_err(|e| format!("{id}: {e}").into())
 }
 
 /// Whether a reply or an object says Running.

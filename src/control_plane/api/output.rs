@@ -49,7 +49,7 @@ impl Api {
         let refuse = |problems| Refusal::problems(Status::UnprocessableContent, "invalid_exec", "the command breaks a rule", &problems);
         let ExecBody { command, timeout_ms } = ExecBody::parse(body(call.request)?).map_err(refuse)?;
         let record = self.record(id)?;
-        let record = self.plane.refresh(&record, None).ok_or_else(|| Refusal::not_found("workload"))?;
+        let record = self.plane.refresh(&record).ok_or_else(|| Refusal::not_found("workload"))?;
         if record.state != State::Running {
             return Err(Refusal::new(Status::Conflict, "not_running", format!("the workload is {}", record.state)));
         }

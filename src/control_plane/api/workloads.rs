@@ -179,7 +179,7 @@ impl Api {
         let deadline = Deadline::within_ms(ms, "wait");
         let mut record = Arc::clone(record);
         loop {
-            let (after, is_answered) = plane.inquire(&record, None);
+            let (after, is_answered) = plane.inquire(&record);
             record = after?;
             if !is_answered || until.is_reached(record.state) || deadline.left().is_err() {
                 return Some(record);
