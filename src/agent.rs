@@ -210,7 +210,7 @@ fn run(config: &AgentConfig) -> Result<(), Box<dyn std::error::Error>> {
         sweeps: Sweeps { queue: sweep_sender, under_way: Mutex::default() },
         relist_ms: config.relist_ms,
         mount_roots,
-        images: Images::new(config),
+        images: Images::open(config)?,
         labels: config.labels.clone(),
         rotation: Rotation::new(config.logs),
         stopping: AtomicBool::new(false),
@@ -244,11 +244,13 @@ fn run(config: &AgentConfig) -> Result<(), Box<dyn std::error::Error>> {
     result.map_err(Into::into)
 }
 
-/// Whoever waits for the agent wants to find what runs. A runtime that does not answer is waited for a little, no more.
+/// Whoever waits for the agent wants to find what runs, and what ended meanwhile, which is told when it is on disk. A runtime or a disk
+/// that does not answer is waited for a little, no more.
 fn wait_for_first_list(agent: &Agent) {
     let deadline = Deadline::within_ms(FIRST_LIST_MS_MAX, "first list");
     let is_settled = |endpoint: &Arc<Endpoint>| endpoint.is_listed() || endpoint.health().error.is_some();
-    while !agent.node.endpoints.iter().all(is_settled) && deadline.left().is_ok() && agent.pause(5) {}
+    let is_known = || agent.node.endpoints.iter().all(is_settled) && agent.registry.is_settled();
+    while !is_known() && deadline.left().is_ok() && agent.pause(5) {}
 }
 
 /// How long a runtime may keep the agent from saying that it serves.

@@ -205,13 +205,25 @@ pub fn wait_for(agent: &Agent, ticket: StartTicket<'_>) {
 
 impl Images {
     /// Of an agent of this configuration, with what the one before wrote down.
-    pub fn new(config: &AgentConfig) -> Self {
+    ///
+    /// # Errors
+    /// That cannot be read, and what can be done.
+    pub fn open(config: &AgentConfig) -> Result<Self, String> {
+        let path = config.state_dir.join(ledger::FILE);
+        let refusal = |error| {
+            format!(
+                "{}: {error}; it says for whose credentials images came. Remove those images at the runtime and move it away, or move it \
+                 away alone: then every workload may use every image that is there",
+                path.display()
+            )
+        };
+        let ledger = Ledger::read(path.clone()).map_err(refusal)?;
         let inner = Inner {
             pulls: Vec::new(),
             held: BTreeMap::new(),
             removing: BTreeSet::new(),
             removals: 0,
-            ledger: Ledger::read(config.state_dir.join(ledger::FILE)),
+            ledger,
             change: 0,
             saved: 0,
             failure: None,
@@ -221,7 +233,7 @@ impl Images {
             troubles: Vec::new(),
         };
         let credentials = credentials::Files { node: config.registry_credentials.clone(), named: config.credentials.clone() };
-        Self { credentials, gc: config.image_gc, inner: Mutex::new(inner), changed: Condvar::new() }
+        Ok(Self { credentials, gc: config.image_gc, inner: Mutex::new(inner), changed: Condvar::new() })
     }
 
     /// Whether this node has a set of credentials of that name.

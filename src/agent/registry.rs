@@ -492,6 +492,11 @@ impl Registry {
         Ok(Watch { present, revision, events, _alive: alive })
     }
 
+    /// Whether nothing waits for the disk to be told.
+    pub fn is_settled(&self) -> bool {
+        self.lock().entries.values().all(|entry| entry.ledger.is_settled())
+    }
+
     /// Grows with every change of any entry, told or not.
     pub fn version(&self) -> u64 {
         self.lock().version

@@ -485,14 +485,17 @@ fn what_was_not_written_down_is_not_collected() {
         let told = collect(&agent, true);
         let image = row(&told, "r.test/mb-90:1");
         assert_eq!((image.pulled_by_kakuri, image.removed), (is_known, is_known), "{place_of_death}: {told:?}");
-        // A damaged file is no file.
+        // A damaged file may have said that an image is not for everybody.
         agent.kill();
-        fs::write(place.dir.join("agent").join("images.json"), "{\"version\":1,\"images\":[{\"endpoint\"").expect("written");
+        let file = place.dir.join("agent").join("images.json");
+        fs::write(&file, "{\"version\":1,\"images\":[{\"endpoint\"").expect("written");
+        assert!(!agent.try_again());
+        let log = fs::read_to_string(place.dir.join("agent.log")).expect("a log");
+        assert!(log.contains("images.json: damaged: ") && log.contains("Remove those images at the runtime and move it away"), "{log}");
+        fs::rename(&file, place.dir.join("away")).expect("moved");
         agent.again();
         let told = collect(&agent, false);
         assert!(told.images.iter().all(|row| !row.pulled_by_kakuri && !row.removed), "{told:?}");
-        let log = fs::read_to_string(place.dir.join("agent.log")).expect("a log");
-        assert!(log.contains("no image that is there now will be collected"), "{log}");
     }
 }
 

@@ -62,7 +62,7 @@ fn a_stopped_agent_leaves_workloads_running(place: &Place) {
     follower.tell(&json!({"type": "GetLogs", "id": "wl-1", "follow": true}));
     let mut waiting = agent.line();
     waiting.tell(&json!({"type": "GetStatus", "id": "wl-1", "for": "terminal", "wait_ms": 600_000}));
-    until("both are served", || agent.connections() >= 2);
+    until("both are served", || agent.connections() >= 2 && agent.unread() == 0);
     agent.terminate();
     // Whoever waited got an answer; whoever followed was cut off, and not told that the log ended.
     assert!(matches!(waiting.next(), Some(Reply::Status { state: State::Running, .. })));

@@ -4,8 +4,9 @@
 //! known, an image of its repository that nobody can tell the origin of is for nobody: whoever asks for it is sent to the registry.
 //! So a pull whose answer was lost, or whose agent died, gives nothing away.
 //!
-//! Kept in a file that is replaced as a whole. One that is missing or damaged is an empty one: then nothing that is there is ours, so
-//! nothing is collected. So it is with an image whose agent died between the pull and the writing.
+//! Kept in a file that is replaced as a whole. One that is missing is an empty one: then nothing that is there is ours, so nothing is
+//! collected, and all of it is for everybody. So it is with an image that was pulled without credentials and whose agent died between
+//! the pull and the writing. One that is damaged is refused: it may have said that an image is not for everybody.
 //!
 //! Invariant: an image that was at the runtime before kakuri pulled it is never in here as ours.
 //! Invariant: images and intents together are at most `IMAGES_MAX`; an image some may not use is never forgotten to make room.
@@ -161,18 +162,15 @@ pub(super) struct Ledger {
 
 impl Ledger {
     /// What the file says; nothing, and a warning, when it cannot be believed.
-    pub(super) fn read(path: PathBuf) -> Self {
+    pub(super) fn read(path: PathBuf) -> io::Result<Self> {
         // Half of what an agent was killed over writing; what is not needed any more is not written any more either.
         let _ = fs::remove_file(new_of(&path)); // There is none as a rule, and the next write replaces one that stays.
         let (images, intents) = match load(&path) {
             Ok(loaded) => loaded,
             Err(error) if error.kind() == io::ErrorKind::NotFound => Default::default(),
-            Err(error) => {
-                log::warn!("{}: {error}; no image that is there now will be collected", path.display());
-                Default::default()
-            }
+            Err(error) => return Err(error),
         };
-        Self { path, images, intents, strangers: BTreeMap::new(), now: Moment(1), forgot: Moment(0) }
+        Ok(Self { path, images, intents, strangers: BTreeMap::new(), now: Moment(1), forgot: Moment(0) })
     }
 
     /// Before a runtime is asked for its images.
@@ -500,7 +498,7 @@ mod tests {
     const SOCKET: &str = "/run/cri.sock";
 
     fn ledger(path: &Path) -> Ledger {
-        Ledger::read(path.to_owned())
+        Ledger::read(path.to_owned()).expect("whole or not there")
     }
 
     fn at(seconds: u64) -> Timestamp {
@@ -555,7 +553,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_written_is_read_and_what_was_damaged_is_nothing() {
+    fn what_was_written_is_read_and_what_was_damaged_is_refused() {
         let path = temporary();
         let mut first = ledger(&path);
         assert!(pull(&mut first, &[], "sha256:1", &key("r.test/a:1", Source::Node), at(1)));
@@ -573,11 +571,11 @@ mod tests {
         assert!(!new_of(&path).exists(), "what was not finished is left");
         for cut in 0..text.len() {
             fs::write(&path, &text[..cut]).expect("written");
-            assert!(ledger(&path).images.is_empty(), "{cut}");
+            assert!(Ledger::read(path.clone()).is_err(), "{cut}");
         }
         for bad in [text.replace("node", "nobody"), text.replace("\"sha256:1\"", "\"\""), " ".repeat(limits::IMAGES_FILE_BYTES_MAX + 1)] {
             fs::write(&path, &bad).expect("written");
-            assert!(ledger(&path).images.is_empty(), "{}", bad.trim());
+            assert!(Ledger::read(path.clone()).is_err(), "{}", bad.trim());
         }
         fs::remove_dir_all(path.parent().expect("a directory")).expect("removed");
     }

@@ -281,6 +281,18 @@ impl<'a> Agent<'a> {
         threads.iter().filter(|name| name.strip_prefix("agent-").is_some_and(|n| n.parse::<u64>().is_ok())).count()
     }
 
+    /// Bytes that clients have sent and that it has not read yet (proc_net_tcp: local address, state 01, receive queue).
+    pub fn unread(&self) -> u64 {
+        let port = format!(":{:04X}", self.tcp().port());
+        let queue = |line: &str| {
+            let fields: Vec<&str> = line.split_ascii_whitespace().collect();
+            let is_ours = fields.get(1).is_some_and(|local| local.ends_with(&port)) && fields.get(3) == Some(&"01");
+            let queues = fields.get(4).filter(|_| is_ours)?;
+            u64::from_str_radix(queues.split_once(':')?.1, 16).ok()
+        };
+        std::fs::read_to_string("/proc/net/tcp").expect("a proc file").lines().filter_map(queue).sum()
+    }
+
     fn size(&self) -> [usize; 3] {
         size(self.daemon.as_ref().expect("it runs"))
     }
