@@ -605,13 +605,15 @@ fn labels_change_before_the_agent_ever_answered() {
     world.stop_agent();
     let view = |world: &World| world.running.plane.nodes.values().next().expect("a node").view();
     eventually("the node is lost", || !view(&world).is_reachable);
-    world.start_agent();
     // The agent takes the start, and its answer is lost, twice.
     world.agent.fail("StartWorkload", Fault::Close);
     world.agent.fail("StartWorkload", Fault::Close);
     let mut lost = Object { state: State::Pending, status: Box::new(crate::wire::Status::accepted(None)), spec: serde_json::Map::new() };
     lost.spec = workload("a").as_object().expect("an object").clone();
     world.agent.lock().workloads.insert("a".into(), lost);
+    world.start_agent();
+    // Before its list is known it would be asked what it has, and that is not what is to fail.
+    eventually("its list is known", || world.json("GET", "/nodes/node-1", "").1["strangers"] == json!(1));
     world.agent.fail("GetStatus", refusal(ErrorCode::Unavailable));
     assert_eq!(world.status("POST", "/workloads", &workload("a").to_string()), 201);
     assert_eq!(world.status("PATCH", "/workloads/a", r#"{"labels":{"new":"1"}}"#), 200);
