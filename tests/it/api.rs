@@ -649,24 +649,26 @@ fn a_name_that_was_made_to_resolve_to_us_is_told_nothing() {
     let place = Place::sim(&[]);
     let socket = place.dir.join("plane.sock");
     let plane = Plane::start_now(&place, &[], &["--listen", &format!("unix://{}", socket.display())]);
-    let head = |method: &str, host: &str| format!("{method} /livez HTTP/1.1\r\nConnection: close\r\nHost:{host}\r\n\r\n");
-    let ask = |method: &str, host: &str| {
+    let head = |method: &str, path: &str, host: &str| format!("{method} {path} HTTP/1.1\r\nConnection: close\r\nHost:{host}\r\n\r\n");
+    let ask = |method: &str, path: &str, host: &str| {
         let mut http = plane.http();
-        http.send(head(method, host).as_bytes());
+        http.send(head(method, path, host).as_bytes());
         http.answer()
     };
     let port = plane.address.port();
     for host in [" evil.example".to_owned(), format!(" evil.example:{port}"), " localhost.evil.example".into(), " x".into()] {
         for method in ["GET", "POST"] {
-            assert_eq!(ask(method, &host).problem(), (403, "host_not_local".into()), "{method} {host}");
+            assert_eq!(ask(method, "/workloads", &host).problem(), (403, "host_not_local".into()), "{method} {host}");
         }
+        assert_eq!(ask("GET", "/metrics", &host).problem(), (403, "host_not_local".into()), "{host}");
+        assert_eq!(ask("GET", "/livez", &host).text(), "ok\n", "it says nothing of anybody");
     }
     for host in [" localhost".to_owned(), format!(" localhost:{port}"), format!(" 127.0.0.1:{port}"), " [::1]:80".into(), String::new()] {
-        assert_eq!(ask("GET", &host).text(), "ok\n", "{host}");
+        assert_eq!(ask("GET", "/workloads", &host).status, 200, "{host}");
     }
     // No page reaches a socket of the file system, and there is no host there that could be named.
     let mut unix = std::os::unix::net::UnixStream::connect(&socket).expect("it listens");
-    std::io::Write::write_all(&mut unix, head("GET", " kakuri").as_bytes()).expect("written");
+    std::io::Write::write_all(&mut unix, head("GET", "/workloads", " kakuri").as_bytes()).expect("written");
     let mut answer = String::new();
     std::io::Read::read_to_string(&mut unix, &mut answer).expect("text");
     assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");

@@ -28,8 +28,9 @@ enum Role {
 /// Whoever reaches a listener and is no web page is who runs this machine: a listener beyond loopback and Unix sockets refuses to
 /// start without `--insecure-listen`, and then that is said at every start and in `/readyz`.
 pub(super) fn identify(request: &Request) -> Result<Caller, Refusal> {
-    // What can be read holds secrets, so this counts for a GET as well.
-    if request.is_over_loopback && !request.header("host").is_none_or(is_local) {
+    // What can be read holds secrets, so this counts for a GET as well; but for what says nothing of anybody.
+    let says_nothing = matches!(request.path().as_slice(), ["livez" | "readyz" | "version" | "openapi.json"]);
+    if request.is_over_loopback && !says_nothing && !request.header("host").is_none_or(is_local) {
         let detail =
             "on a loopback listener, Host is localhost or an IP address: any other name may be a web page's, made to resolve to us";
         return Err(Refusal::new(Status::Forbidden, "host_not_local", detail));
