@@ -289,14 +289,19 @@ fn judge(fate: Fate, meddling: Meddling, has_run: bool, status: &Status) -> Resu
     }
 }
 
-/// Whether these are lines of a workload that may have run several times.
+/// Whether these are lines of a workload that may have run several times. One that ran more often than there are files kept of it has
+/// lost the oldest, and says so first.
 ///
 /// # Errors
 /// The line that is none.
-pub fn check_each_line<'a>(mut lines: impl Iterator<Item = &'a str>) -> Result<(), String> {
-    let is_none = |line: &&str| line.strip_prefix("line ").and_then(|n| n.parse::<usize>().ok()).is_none_or(|n| n >= LINES);
-    lines.find(is_none).map_or(Ok(()), |line| Err(format!("not a line of it: {line:?}")))
+pub fn check_each_line(lines: &[String]) -> Result<(), String> {
+    let is_none = |line: &&String| line.strip_prefix("line ").and_then(|n| n.parse::<usize>().ok()).is_none_or(|n| n >= LINES);
+    let is_cut = lines.len() > kakuri::limits::LOG_OLD_FILES_MAX && lines.first().is_some_and(|line| line == GAP);
+    lines.iter().skip(usize::from(is_cut)).find(is_none).map_or(Ok(()), |line| Err(format!("not a line of it: {line:?}")))
 }
+
+/// How the control plane shows that something is missing.
+const GAP: &str = "[kakuri: output is missing here]";
 
 /// Checks the output of a workload of which some may be lost: its lines in order, none of them twice.
 ///
@@ -398,6 +403,13 @@ mod tests {
         check(ttl, none, &[(Running, plain()), (Failed, expired("2026-01-01T00:00:02.000Z"))], None);
         check(ttl, none, &[(Running, plain()), (Failed, expired("2026-01-01T00:00:01.900Z"))], Some("a time to live that was not over"));
         check(Fate::Exits(7), none, &[(Failed, status(Some(Reason::Error), Some(8)))], Some("an end that nobody"));
+        let many =
+            |first: &[&str], n: usize| first.iter().copied().chain(std::iter::repeat_n("line 3", n)).map(str::to_owned).collect::<Vec<_>>();
+        assert!(check_each_line(&many(&["line 1", "line 0"], 9)).is_ok());
+        assert!(check_each_line(&many(&["line 4"], 9)).is_err());
+        assert!(check_each_line(&many(&[GAP], 9)).is_err(), "nothing had to go");
+        assert!(check_each_line(&many(&[GAP], 64)).is_ok());
+        assert!(check_each_line(&many(&["line 0", GAP], 64)).is_err());
         assert!(check_lines_left(["line 0", "line 3"].into_iter()).is_ok());
         assert!(check_lines_left(["line 3", "line 0"].into_iter()).is_err());
         assert!(check_lines_left(["line 1", "line 1"].into_iter()).is_err());
