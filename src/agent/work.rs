@@ -335,6 +335,7 @@ fn http_check(mut stream: Stream, path: &str, deadline: Deadline) -> Result<(), 
     match status.and_then(|digits| digits.parse::<u16>().ok()) {
         Some(200..=399) => Ok(()),
         Some(status) => Err(format!("GET {path} was answered with status {status}")),
+        None if head.is_empty() => Err(format!("GET {path} was not answered: the connection was closed")),
         None => Err(format!("GET {path} was not answered in HTTP")),
     }
 }

@@ -384,6 +384,7 @@ impl Children {
                     let _ = child.wait();
                     break;
                 }
+                // Its end and a signal are waited for at once, and std waits for neither with a deadline.
                 thread::sleep(Duration::from_millis(limits::PLAY_POLL_MS));
             }
             // A relay cannot panic on what a child says; if it did, that has been printed.

@@ -574,7 +574,10 @@ fn labels_are_changed_here_and_at_the_agent() {
     check(r#"{"labels":{"a":1}}"#, 422, "invalid_patch", Some("/labels/a"));
     check(r#"{"labels":{"a b":"x"}}"#, 422, "invalid_patch", Some("/labels/a b"));
     check(r#"{"labels":[]}"#, 422, "invalid_patch", Some("/labels"));
-    let many = |from: usize, n: usize| json!({"labels": (from..from + n).map(|i| (format!("l{i}"), json!("x"))).collect::<serde_json::Map<_, _>>()});
+    let many = |from: usize, n: usize| {
+        let labels: serde_json::Map<_, _> = (from..from + n).map(|i| (format!("l{i}"), json!("x"))).collect();
+        json!({ "labels": labels })
+    };
     assert_eq!(world.status("PATCH", "/workloads/a", &many(0, limits::LABELS_MAX).to_string()), 200);
     check(&many(1000, 1).to_string(), 422, "too_many_labels", None);
     assert_eq!(world.status("PATCH", "/workloads/b", r#"{"labels":{}}"#), 404);

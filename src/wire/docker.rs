@@ -208,7 +208,8 @@ mod tests {
 
     #[test]
     fn credentials_are_found_by_registry() {
-        let text = r#"{"auths":{"127.0.0.1:5000":{"auth":"YTpi"},"https://index.docker.io/v1/":{"username":"u","password":"p"}},"credsStore":"x"}"#;
+        let text = r#"{"auths":{"127.0.0.1:5000":{"auth":"YTpi"},"https://index.docker.io/v1/":{"username":"u","password":"p"}},
+            "credsStore":"x"}"#;
         let check = |image: &str| find(text, image).expect("valid");
         assert_eq!(check("127.0.0.1:5000/a:1").map(|c| c.auth), Some("YTpi".into()));
         assert_eq!(check("busybox").map(|c| c.password), Some("p".into()));

@@ -103,7 +103,7 @@ pub fn eventually<T>(what: &str, ms: u64, look: impl FnMut() -> Option<T>) -> T 
     within(ms, look).unwrap_or_else(|| panic!("{what}: not within {ms} ms"))
 }
 
-/// Asks until there is an answer, or the time is over.
+/// Asks until there is an answer, or the time is over. The one poll of these tests: what is waited for is in other processes.
 pub fn within<T>(ms: u64, mut look: impl FnMut() -> Option<T>) -> Option<T> {
     let deadline = Deadline::within_ms(ms, "eventually");
     loop {

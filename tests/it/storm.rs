@@ -75,6 +75,7 @@ impl Storm {
         self.operations.fetch_add(1, Ordering::Relaxed);
     }
 
+    /// The dice say how long a client or the weather does nothing: it waits for nothing.
     fn pause(&self, ms: usize) {
         if self.goes_on() {
             thread::sleep(Duration::from_millis(ms as u64));

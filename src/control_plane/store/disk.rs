@@ -1,7 +1,8 @@
 //! Where records lie when the process does not run: [`Disk`], and its home in a file of redb, the only place that names that crate.
 //!
 //! The file has two tables: `workloads` (id to the JSON of [`wire::stored`](crate::wire::stored)) and `store` (the format, the revision
-//! up to which all are reserved, the number of the last commit). It is opened with all its checksums verified, and read once; from then on only written.
+//! up to which all are reserved, the number of the last commit). It is opened with all its checksums verified, and read once; from then
+//! on only written.
 //!
 //! Every commit is in two phases, two syncs: with one, a damaged last commit looks like one that a crash interrupted, and redb would
 //! go back to the one before, in silence. One bit of the file still decides which of two commits is the last; so each is numbered,

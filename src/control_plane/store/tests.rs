@@ -266,6 +266,7 @@ fn redb_full() -> disk::Error {
     disk::Error::Directory { path: "/d".into(), cause: std::io::Error::from(std::io::ErrorKind::StorageFull) }
 }
 
+/// Looks until it is so: what is waited for is on disk, or in a thread's own hands, and tells nobody.
 fn until(what: &str, mut is_so: impl FnMut() -> bool) {
     let deadline = Deadline::within_ms(10_000, "test");
     while !is_so() {

@@ -245,6 +245,7 @@ impl Service for FakeService {
                     let _ = stream.write_all(&bytes, soon()); // The test sees what is missing.
                     return stream.shutdown(Shutdown::Both);
                 }
+                // Being late is what it is there for.
                 Some(Fault::SayLate(reply, late)) => {
                     thread::sleep(late);
                     vec![reply]
@@ -269,6 +270,7 @@ pub(super) fn soon() -> Deadline {
     Deadline::within_ms(10_000, "test")
 }
 
+/// Looks until it is so, from outside, as a client would: nothing tells when.
 pub(super) fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
     let deadline = soon();
     while !is_so() {

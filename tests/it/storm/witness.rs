@@ -31,6 +31,7 @@ pub fn watch(storm: &Storm, endpoint: &Path) -> Seen {
     let mut seen = Seen::default();
     while storm.goes_on() {
         seen.look(storm, endpoint);
+        // It samples; the log of calls has what comes and goes between two looks.
         thread::sleep(Duration::from_millis(20));
     }
     seen
