@@ -54,6 +54,30 @@ struct Strangers {
     told: BTreeSet<WorkloadId>,
     /// Whether the agent has named all it has.
     is_whole: bool,
+    /// Whether it has more than are kept here, or named one that could not be read.
+    has_others: bool,
+}
+
+impl Strangers {
+    /// Those of the next list take their place.
+    fn clear(&mut self) {
+        self.ids.clear();
+        (self.is_whole, self.has_others) = (false, false);
+    }
+
+    /// No more are kept than one agent of ours has.
+    fn add(&mut self, id: WorkloadId) {
+        if self.ids.len() < limits::AGENT_WORKLOADS_MAX {
+            self.ids.insert(id);
+        } else {
+            self.has_others |= !self.ids.contains(&id);
+        }
+    }
+
+    /// Whether it is one of them; `None` when nobody here can say.
+    fn has(&self, id: &WorkloadId) -> Option<bool> {
+        if self.ids.contains(id) { Some(true) } else { (self.is_whole && !self.has_others).then_some(false) }
+    }
 }
 
 /// A node as last seen.
@@ -89,9 +113,9 @@ impl Node {
         self.strangers.lock().unwrap_or_else(PoisonError::into_inner).ids.len()
     }
 
-    /// Whether a workload of this id is among them; `None` as long as its agent has not named all it has.
+    /// Whether a workload of this id is among them; `None` as long as its agent has not named all it has in words that are known here.
     pub(super) fn has_stranger(&self, id: &WorkloadId) -> Option<bool> {
-        self.with_strangers(|strangers| if strangers.ids.contains(id) { Some(true) } else { strangers.is_whole.then_some(false) })
+        self.with_strangers(|strangers| strangers.has(id))
     }
 
     /// Takes a workload for one that is placed there: its agent answered for it.
@@ -229,10 +253,7 @@ fn watch(plane: &Plane, node: &Node, was_lost: bool, was_watched: &mut bool) -> 
     }
     plane.nudge_all_on(&node.name);
     // The list to come names those that are still there.
-    node.with_strangers(|strangers| {
-        strangers.ids.clear();
-        strangers.is_whole = false;
-    });
+    node.with_strangers(Strangers::clear);
     let silence = || Deadline::within_ms(limits::WATCH_SILENCE_MS_MAX, "watch");
     // A node that is not ready, or not sure, is asked again soon: it may have begun a moment ago.
     let heartbeat = |is_sure: bool| {
@@ -268,8 +289,15 @@ fn watch(plane: &Plane, node: &Node, was_lost: bool, was_watched: &mut bool) -> 
                     let why = clip(Chain(&unreadable).to_string(), limits::MESSAGE_BYTES_MAX);
                     log::warn!("node {}: an event is skipped, and others like it: {why}", node.name);
                 }
-                if let Some(id) = &unreadable.id {
-                    list(id);
+                match unreadable.id {
+                    Some(id) => {
+                        list(&id);
+                        // It is there, whatever it does: placed anywhere else, it might run twice.
+                        if plane.store.get(&id).is_none_or(|record| record.node != node.name) {
+                            node.with_strangers(|strangers| strangers.add(id));
+                        }
+                    }
+                    None => node.with_strangers(|strangers| strangers.has_others = true),
                 }
             }
             Err(error) => return Err(error),
@@ -311,13 +339,11 @@ fn take(plane: &Plane, node: &Node, event: Event) {
     let record = plane.store.get(&id).filter(|record| record.node == node.name);
     let is_gone = event.event == EventKind::Deleted;
     node.with_strangers(|strangers| {
-        // Ids are bounded by what one agent keeps, unless it is none of ours.
-        let is_stranger = record.is_none() && !is_gone && strangers.ids.len() < limits::AGENT_WORKLOADS_MAX;
-        if is_stranger {
-            strangers.ids.insert(id.clone())
+        if record.is_none() && !is_gone {
+            strangers.add(id.clone());
         } else {
-            strangers.ids.remove(&id)
-        };
+            strangers.ids.remove(&id);
+        }
     });
     let Some(record) = record else { return };
     match event.event {
@@ -376,5 +402,21 @@ mod tests {
         check(agent::Node { ready: false, conditions: vec![failed()], ..well() }, Some("RuntimeReady: no answer"));
         let loud = agent::Node { ready: false, conditions: vec![failed(); limits::NODE_CONDITIONS_MAX], ..well() };
         assert_eq!(trouble_of(&loud).map(|text| text.len()), Some(limits::MESSAGE_BYTES_MAX));
+    }
+
+    #[test]
+    fn what_nobody_can_say_is_not_said() {
+        let id = |i: usize| WorkloadId::new(&format!("w{i}")).expect("an id");
+        let mut strangers = Strangers { is_whole: true, ..Strangers::default() };
+        for i in 0..limits::AGENT_WORKLOADS_MAX {
+            strangers.add(id(i));
+        }
+        strangers.add(id(0));
+        let beyond = id(limits::AGENT_WORKLOADS_MAX);
+        assert_eq!((strangers.has(&id(0)), strangers.has(&beyond)), (Some(true), Some(false)));
+        strangers.add(beyond.clone());
+        assert_eq!((strangers.has(&id(0)), strangers.has(&beyond)), (Some(true), None), "it may be one that did not fit");
+        strangers.clear();
+        assert_eq!(strangers.has(&id(0)), None, "as long as there is no new list");
     }
 }

@@ -145,9 +145,10 @@ impl Api {
                     match node.client.request(&Request::GetStatus { id: id.clone(), wait: None }, deadline) {
                         Ok(_) => true,
                         Err(Error::Refused(refusal)) if refusal.code == ErrorCode::NotFound => false,
-                        Err(error @ (Error::Refused(_) | Error::Expired(_))) => return Err(unsure(name, &error)),
-                        // There is no way to it.
-                        Err(_) => false,
+                        // There is no way to it, or it is another one.
+                        Err(Error::Connect(_) | Error::NoSuchNode | Error::Somebody(_)) => false,
+                        // It has an answer, and that did not arrive or is in words of a later version.
+                        Err(error) => return Err(unsure(name, &error)),
                     }
                 }
                 (None, _) => false,

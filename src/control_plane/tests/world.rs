@@ -313,6 +313,9 @@ impl World {
         let http = Server::start(Listener::bind(&any_port()).expect("a port"), "http", Arc::new(Http(api))).expect("a thread");
         let world = Self { agent, node: Some(node), node_address, running, http };
         eventually("the node is ready", || world.status("GET", "/readyz", "") == 200);
+        // From here on it is not asked what it has for want of its list, so that tests can count what it is asked.
+        let anybody = crate::workload::WorkloadId::new("anybody").expect("an id");
+        eventually("its list is whole", || world.running.plane.nodes.values().all(|node| node.has_stranger(&anybody).is_some()));
         world
     }
 
