@@ -225,7 +225,7 @@ fn apply(agent: &Agent, index: usize, endpoint: &Arc<Endpoint>, action: Action) 
         }
         Action::Doubt { id, seen } => {
             if agent.registry.is_past_doubt(&id) {
-                log::info!("workload {id}: its start was asked for and never happened; it is started again");
+                log::info!("workload {id}: its start was asked for and never happened");
                 agent.registry.recovered(&id, Some(&seen), true);
             }
         }

@@ -263,6 +263,7 @@ fn rage(
 /// The weather is fair: all must agree within a bound, everything acknowledged must be accounted for, and when all is deleted nothing
 /// may be left.
 fn settle(storm: &Storm, world: &World<'_>, slots: &mut [Slot], seen: &mut [witness::Seen]) {
+    let began_ms = storm.now_ms();
     let mut problem = "somebody does not answer".to_owned();
     let mut restarts = None;
     let agreed = within(CALM_MS, || {
@@ -270,6 +271,9 @@ fn settle(storm: &Storm, world: &World<'_>, slots: &mut [Slot], seen: &mut [witn
         match view.check(slots, restarts.get_or_insert_with(|| view.restarts())) {
             Ok(()) => Some(view),
             Err(found) => {
+                if problem != found {
+                    storm.write(&format!("no agreement: {found}"));
+                }
                 problem = found;
                 None
             }
@@ -277,6 +281,7 @@ fn settle(storm: &Storm, world: &World<'_>, slots: &mut [Slot], seen: &mut [witn
     });
     storm.check();
     let view = agreed.unwrap_or_else(|| panic!("storm: violation: no agreement within {CALM_MS} ms of fair weather: {problem}"));
+    println!("storm: all agree after {} ms", storm.now_ms().saturating_sub(began_ms));
     storm.write("all agree");
     for slot in slots.iter_mut() {
         let Some((state, status)) = view.said(slot).cloned() else { continue };

@@ -180,7 +180,13 @@ impl View {
                     && matches!(containers.as_slice(), [(_, c, ContainerState::ContainerRunning)] if container == Some(c))
             }
             State::Succeeded | State::Failed => {
-                sandboxes.len() <= 1 && ready == 0 && containers.iter().all(|(.., state)| *state == ContainerState::ContainerExited)
+                // What was made and not started before its sandbox was stopped cannot be started any more.
+                let is_over = |state| match state {
+                    ContainerState::ContainerExited => true,
+                    ContainerState::ContainerCreated => !sandboxes.is_empty(),
+                    ContainerState::ContainerRunning | ContainerState::ContainerUnknown => false,
+                };
+                sandboxes.len() <= 1 && ready == 0 && containers.iter().all(|(.., state)| is_over(*state))
             }
         };
         if fits { Ok(()) } else { Err(format!("{id} at its agent: {said}; {at_runtime}")) }
@@ -300,6 +306,15 @@ mod tests {
         check("h9-9 is at an agent and not in the store", &|v, _| drop(v.known[0].insert("h9-9".into(), running("9"))));
         check("h0-2 at its agent", &|v, _| v.sandboxes[0][1].2 = true);
         check("h0-2 at its agent", &|v, _| v.containers[0][1].2 = Runs);
+        check("h0-2 at its agent", &|v, _| v.containers[0][1].2 = ContainerState::ContainerUnknown);
+        check("", &|v, _| v.containers[0][1].2 = ContainerState::ContainerCreated);
+        check("h0-2 at its agent", &|v, _| {
+            (v.sandboxes[0][1].2, v.containers[0][1].2) = (true, ContainerState::ContainerCreated);
+        });
+        check("h0-2 at its agent", &|v, _| {
+            v.sandboxes[0].remove(1);
+            v.containers[0][1].2 = ContainerState::ContainerCreated;
+        });
         check("is on \"c\", which is none", &|v, _| at(&mut v.stored, "h0-1").1.node = Some("c".into()));
         // Stuck.
         check("h0-1 is to end and has not", &|v, s| s[0] = s[0].clone().stopped(v.stored["h0-1"].1.created_at));

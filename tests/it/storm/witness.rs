@@ -21,6 +21,8 @@ pub struct Seen {
     pub ran: BTreeMap<String, BTreeMap<String, BTreeSet<String>>>,
     /// From when until when, at least, a container of a workload ran: what runs in two lists ran all the time between them.
     spans: BTreeMap<String, BTreeMap<String, (u64, u64)>>,
+    /// Containers that had ended when they were seen first, and whether they ever ran.
+    judged: BTreeMap<String, bool>,
     pub looks: usize,
     /// Starts in the log of calls.
     pub starts: usize,
@@ -42,10 +44,32 @@ impl Seen {
     pub fn look(&mut self, storm: &Storm, endpoint: &Path) {
         let deadline = Deadline::within_ms(2000, "witness");
         let asked_ms = storm.now_ms();
-        let Ok(containers) = Client::new(endpoint.to_owned()).list_containers(Default::default(), deadline) else { return };
-        if let Err(rule) = self.note(&containers, asked_ms, storm.now_ms()) {
+        let client = Client::new(endpoint.to_owned());
+        let Ok(mut containers) = client.list_containers(Default::default(), deadline) else { return };
+        let answered_ms = storm.now_ms();
+        containers.retain(|container| self.has_run(container, &client));
+        if let Err(rule) = self.note(&containers, asked_ms, answered_ms) {
             storm.violated(&rule);
         }
+    }
+
+    /// Whether a container of the list runs, or ran. A containerd that is killed between making one and writing that down has it in
+    /// the list as unknown afterwards, and as exited once its sandbox was stopped; that it was never started its status tells.
+    fn has_run(&mut self, container: &Container, client: &Client) -> bool {
+        if !matches!(container.state(), ContainerState::ContainerExited | ContainerState::ContainerUnknown) {
+            return container.state() == ContainerState::ContainerRunning;
+        }
+        if let Some(known) = self.judged.get(&container.id) {
+            return *known;
+        }
+        // One that was removed since, or whose runtime is gone, has shown nothing; it may in the next list.
+        let Ok(status) = client.container_status(&container.id, Deadline::within_ms(2000, "witness")) else { return false };
+        // One that ended while its containerd was away may lack the moment of its start, and has an exit code that is its own.
+        let is_of_its_own =
+            status.state() == ContainerState::ContainerExited && !["Unknown", "StartError"].contains(&status.reason.as_str());
+        let has_run = status.started_at > 0 || is_of_its_own;
+        self.judged.insert(container.id.clone(), has_run);
+        has_run
     }
 
     /// Notes a list that was made at some moment between these two.
