@@ -127,11 +127,15 @@ pub fn plan(known: &[Known], seen: &[Seen], endpoint: usize, first: bool) -> Vec
 /// What is to be done about an entry of the journal.
 fn recover(entry: &Known, half: Option<&Seen>) -> Action {
     let id = entry.id.clone();
+    let has_run = |seen: &Seen| match seen.container.as_ref().map(|container| container.state) {
+        Some(ContainerState::ContainerRunning) => true,
+        // What was never asked to run and is called ended was ended by whoever undid its start, or by a runtime that lost it.
+        Some(ContainerState::ContainerExited) => entry.is_launched,
+        Some(ContainerState::ContainerCreated | ContainerState::ContainerUnknown) | None => false,
+    };
     match half {
-        Some(seen) if seen.attempt == entry.attempt && seen.has_lived() => Action::Adopt(seen.clone()),
-        Some(seen) if seen.attempt == entry.attempt && entry.is_launched && seen.container.is_some() => {
-            Action::Doubt { id, seen: seen.clone() }
-        }
+        Some(seen) if seen.attempt == entry.attempt && has_run(seen) => Action::Adopt(seen.clone()),
+        Some(seen) if seen.attempt == entry.attempt && entry.is_launched && seen.is_created() => Action::Doubt { id, seen: seen.clone() },
         leftover => Action::Recover { id, leftover: leftover.cloned() },
     }
 }
@@ -144,7 +148,11 @@ impl Known {
 
 impl Seen {
     fn has_lived(&self) -> bool {
-        self.container.as_ref().is_some_and(|c| c.state != ContainerState::ContainerCreated)
+        self.container.is_some() && !self.is_created()
+    }
+
+    fn is_created(&self) -> bool {
+        self.container.as_ref().is_some_and(|c| c.state == ContainerState::ContainerCreated)
     }
 }
 

@@ -325,10 +325,19 @@ impl Registry {
             }
             Observed::Running(since) => {
                 entry.is_rebooted = false;
+                entry.unknown = None;
                 entry.status.observed_at = Timestamp::now();
                 entry.status.started_at = entry.status.started_at.or(since);
             }
-            Observed::Created | Observed::Unknown => {}
+            Observed::Unknown => {
+                let until = entry.unknown.get_or_insert_with(|| Deadline::within_ms(limits::UNKNOWN_MS_MAX, "container"));
+                if until.left().is_err() {
+                    drop(inner);
+                    let message = "the runtime has lost track of the container, and does not know whether it runs".into();
+                    self.ail(id, container_id, Reason::SandboxDied, message);
+                }
+            }
+            Observed::Created => {}
         }
     }
 

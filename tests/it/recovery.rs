@@ -2,14 +2,15 @@
 
 use std::thread;
 
-use kakuri::cri::proto::{PodSandboxConfig, PodSandboxMetadata};
+use kakuri::cri::proto::{ContainerState, PodSandboxConfig, PodSandboxMetadata};
 use kakuri::cri::runtime::{ANNOTATION_WORKLOAD, LABEL_NODE, LABEL_WORKLOAD};
+use kakuri::limits;
 use kakuri::wire::agent::{ErrorCode, Reply};
-use kakuri::workload::{Reason, State};
+use kakuri::workload::{Phase, Reason, State};
 use serde_json::json;
 
 use crate::harness::place::{soon, with};
-use crate::harness::{Place, expect_error, until};
+use crate::harness::{Place, expect_error, until, within};
 
 scenarios! {
     a_killed_agent_finds_what_it_left
@@ -173,6 +174,55 @@ fn a_sandbox_of_ours_that_cannot_be_read_is_left_alone() {
     assert!(log.contains("cannot be taken up and is left alone: /from_the_future: unknown field"), "{log}");
     cri.stop_pod_sandbox(&id, soon()).expect("stopped");
     cri.remove_pod_sandbox(&id, soon()).expect("removed");
+}
+
+#[test]
+fn what_a_runtime_lost_track_of_does_not_run_for_ever() {
+    let place = Place::sim(&[]);
+    let agent = place.agent(&["--relist-ms", "200"]);
+    agent.run(&place.workload("once", &["sleep", "1000"]));
+    agent.run(&with(place.workload("again", &["sleep", "1000"]), json!({"restart_policy": "always", "restart_backoff_ms": 100})));
+    // For a moment it does not know; that is no news.
+    let seen = |id: &str| agent.status(id).1;
+    place.faults(&["unknown=runc"]);
+    let (listed, before) = (place.count("ListContainers"), seen("once"));
+    until("it was listed", || place.count("ListContainers") > listed + 1);
+    place.faults(&[]);
+    until("the truth is fresh", || seen("once").observed_at > before.observed_at);
+    assert_eq!((agent.status("once").0, seen("once").phase), (State::Running, None));
+    // For good.
+    place.faults(&["unknown=runc"]);
+    let is_stopping = |id: &str| (seen(id).phase == Some(Phase::Stopping)).then_some(());
+    within(limits::UNKNOWN_MS_MAX * 3, || is_stopping("once").and(is_stopping("again"))).expect("it is stopped");
+    until("it is not believed to have ended as long as nobody knows", || seen("once").last_error.is_some());
+    place.faults(&[]);
+    let (state, status) = agent.ended("once");
+    assert_eq!((state, status.reason, status.exit_code), (State::Failed, Some(Reason::SandboxDied), Some(137)), "{status:?}");
+    assert!(status.message.is_some_and(|message| message.contains("lost track")), "it says why");
+    until("its policy goes on", || seen("again").restarts == 1 && agent.status("again").0 == State::Running);
+    assert_eq!(place.containers().iter().filter(|c| c.state() == ContainerState::ContainerRunning).count(), 1);
+}
+
+#[test]
+fn what_was_made_and_never_asked_to_run_did_not() {
+    let place = Place::sim(&["--no-events"]);
+    let mut agent = place.agent(&[]);
+    let workload = place.workload("wl-1", &["sleep", "1000"]);
+    // A containerd that is killed before it has written down what it made calls that unknown.
+    place.faults(&["CreateContainer:hang-after*1"]);
+    agent.start_workload(&workload);
+    until("it is made", || place.containers().len() == 1);
+    let half = place.containers().remove(0).id;
+    agent.kill();
+    place.faults(&["unknown=runc"]);
+    agent.again();
+    until("it is gone", || place.containers().iter().all(|container| container.id != half));
+    place.faults(&[]);
+    let (state, status) = agent.settle(&workload);
+    assert_eq!((state, status.attempt, status.restarts), (State::Running, 1, 0), "{status:?}");
+    assert_eq!((place.sandboxes().len(), place.containers().len()), (1, 1));
+    let log = std::fs::read_to_string(place.dir.join("agent.log")).expect("a log");
+    assert!(!log.contains("taken up again"), "{log}");
 }
 
 #[test]

@@ -50,6 +50,7 @@ fn check(known: &[Known], seen: &[Seen], first: bool, expected: &[Action]) {
 const RUNNING: Option<ContainerState> = Some(ContainerState::ContainerRunning);
 const EXITED: Option<ContainerState> = Some(ContainerState::ContainerExited);
 const CREATED: Option<ContainerState> = Some(ContainerState::ContainerCreated);
+const UNKNOWN: Option<ContainerState> = Some(ContainerState::ContainerUnknown);
 
 #[test]
 fn what_runs_as_known_is_confirmed() {
@@ -163,7 +164,14 @@ fn what_an_agent_before_was_about_to_start_is_taken_up_cleared_or_waited_for() {
         check(&[journaled(State::Pending, 0, false)], &[seen(0, None)], first, &[recover(Some(seen(0, None)))]);
         check(&[journaled(State::Pending, 0, false)], &[seen(0, CREATED)], first, &[recover(Some(seen(0, CREATED)))]);
     }
+    // What was never asked to run did not, whatever a runtime makes of it that lost half of what it made; and what it does not know
+    // is no reason to call it running.
+    for state in [EXITED, UNKNOWN] {
+        check(&[journaled(State::Pending, 0, false)], &[seen(0, state)], true, &[recover(Some(seen(0, state)))]);
+    }
+    check(&[journaled(State::Pending, 0, true)], &[seen(0, UNKNOWN)], true, &[recover(Some(seen(0, UNKNOWN)))]);
     // It ran, or runs.
+    check(&[journaled(State::Pending, 0, false)], &[seen(0, RUNNING)], true, &[Action::Adopt(seen(0, RUNNING))]);
     check(&[journaled(State::Pending, 0, true)], &[seen(0, RUNNING)], true, &[Action::Adopt(seen(0, RUNNING))]);
     check(&[journaled(State::Pending, 0, true)], &[seen(0, EXITED)], true, &[Action::Adopt(seen(0, EXITED))]);
     // Whether it runs a moment later nobody knows.

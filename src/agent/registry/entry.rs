@@ -70,6 +70,8 @@ pub(super) struct Entry {
     pub(super) health: Health,
     /// It was read from the journal, and not compared yet with what its runtime has.
     pub(super) recovery: Option<Recovery>,
+    /// Until when its runtime may not know whether it runs.
+    pub(super) unknown: Option<Deadline>,
     /// It ran when the machine went down.
     pub(super) is_rebooted: bool,
     pub(super) ledger: Ledger,
@@ -241,6 +243,7 @@ impl Entry {
             ailing: None,
             health: Health::default(),
             recovery: None,
+            unknown: None,
             is_rebooted: false,
             ledger: Ledger::default(),
             version: 0,
@@ -378,6 +381,7 @@ impl Entry {
         self.ailing = None;
         self.health = Health::default();
         self.restart = None;
+        self.unknown = None;
         self.is_rebooted = false;
         self.image = None;
         self.pull = None;
@@ -454,7 +458,7 @@ impl Entry {
         let (reason, message) = if self.is_rebooted {
             (Reason::NodeRebooted, "the machine was booted again while it ran")
         } else if self.state == State::Pending {
-            (Reason::StartFailed, "an agent died while it started it; whether it ran is not known, and nothing of it is left")
+            (Reason::StartFailed, "an agent died while it started it, and whether it ran is not known")
         } else {
             (Reason::SandboxDied, "the runtime does not have it any more")
         };
