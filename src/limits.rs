@@ -183,7 +183,7 @@ pub const JOURNAL_COMPACT_BYTES_MIN: u64 = 256 * 1024;
 pub const JOURNAL_PAUSE_MS_MIN: u64 = 250;
 /// Between two attempts to write a journal that could not be written.
 pub const JOURNAL_PAUSE_MS_MAX: u64 = 5000;
-/// What somebody waits for must be in the journal within this.
+/// What somebody waits for must be in the journal, or in the list of pulled images, within this.
 pub const JOURNAL_MS_MAX: u64 = 10_000;
 /// How long a container whose start was asked for by an agent that is no more may stay created, before it is known that it never will run.
 pub const LAUNCH_DOUBT_MS: u64 = 5000;

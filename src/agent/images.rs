@@ -296,13 +296,15 @@ impl Images {
     /// # Errors
     /// Why it is not.
     fn save(&self) -> Result<(), String> {
+        let deadline = Deadline::within_ms(limits::JOURNAL_MS_MAX, "images");
         let mut inner = self.lock();
         let change = inner.change;
         loop {
-            match &inner.failure {
+            match (&inner.failure, deadline.left()) {
                 _ if inner.saved >= change => return Ok(()),
-                Some((failed, why)) if *failed >= change => return Err(why.clone()),
-                _ => inner = self.wait(inner, Duration::from_millis(limits::IMAGE_GC_PERIOD_MS)),
+                (Some((failed, why)), _) if *failed >= change => return Err(why.clone()),
+                (_, Err(_)) => return Err("the disk is too slow".into()),
+                (_, Ok(left)) => inner = self.wait(inner, left),
             }
         }
     }

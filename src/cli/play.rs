@@ -10,7 +10,6 @@ use std::fmt;
 use std::fs::{DirBuilder, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::fs::DirBuilderExt;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
 use std::thread;
@@ -24,9 +23,9 @@ use crate::config::{self, CONTROL_PLANE_LISTEN, CRI_SOCKETS, ControlPlaneConfig}
 use crate::deadline::Deadline;
 use crate::flags::Parsed;
 use crate::limits;
-use crate::net::Address;
 use crate::net::address::{self, AddressError};
-use crate::report::{Exit, complain};
+use crate::net::{self, Address, Stream};
+use crate::report::{Chain, Exit, complain};
 use crate::workload::Name;
 
 const PROGRAM: &str = "kakuri play";
@@ -48,7 +47,7 @@ pub(super) enum Error {
     /// A program runs, and does not serve.
     Ready { program: &'static str },
     /// The runtime asked for does not answer.
-    Runtime { path: PathBuf, cause: io::Error },
+    Runtime { path: PathBuf, cause: net::Error },
     /// Signals cannot be had.
     Signals { cause: io::Error },
     /// The project's path leaves no room for the name of a socket.
@@ -77,7 +76,8 @@ impl std::error::Error for Error {
         match self {
             Self::Config(error) => error.source(),
             Self::Ended { .. } | Self::Ready { .. } => None,
-            Self::File { cause, .. } | Self::Program { cause, .. } | Self::Runtime { cause, .. } | Self::Signals { cause } => Some(cause),
+            Self::File { cause, .. } | Self::Program { cause, .. } | Self::Signals { cause } => Some(cause),
+            Self::Runtime { cause, .. } => Some(cause),
             Self::Socket { cause, .. } => Some(cause),
         }
     }
@@ -178,22 +178,25 @@ fn name_of(directory: &Path) -> String {
     Name::new(plain.trim_matches('-')).map_or_else(|_| "runtime".into(), |name| name.as_str().to_owned())
 }
 
+/// Finds out whether somebody serves this socket.
+fn try_connect(path: &Path) -> Result<(), net::Error> {
+    Stream::connect(&Address::Unix(path.to_owned()), Deadline::within_ms(limits::CLI_CONNECT_MS_MAX, "connect")).map(drop)
+}
+
 /// The runtime to use, or none: then the simulator.
 fn choose_runtime(options: &Play) -> Result<Option<PathBuf>, Error> {
     if options.simulator {
         return Ok(None);
     }
     if let Some(path) = &options.runtime {
-        return match UnixStream::connect(path) {
-            Ok(_) => Ok(Some(path.clone())),
-            Err(cause) => Err(Error::Runtime { path: path.clone(), cause }),
-        };
+        try_connect(path).map_err(|cause| Error::Runtime { path: path.clone(), cause })?;
+        return Ok(Some(path.clone()));
     }
     for path in CRI_SOCKETS {
-        match UnixStream::connect(path) {
-            Ok(_) => return Ok(Some(path.into())),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => complain(PROGRAM, &format_args!("{path} is of no use: {error}")),
+        match try_connect(Path::new(path)) {
+            Ok(()) => return Ok(Some(path.into())),
+            Err(net::Error::Io(error)) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => complain(PROGRAM, &format_args!("{path} is of no use: {}", Chain(&error))),
         }
     }
     Ok(None)
@@ -230,7 +233,7 @@ fn start(
             let socket = project.socket("cri-sim.sock")?;
             let root = project.data("sim").display().to_string();
             children.spawn(SIMULATOR, &["--listen", &unix(&socket), "--root", &root, "--until-eof"])?;
-            if !children.serve(SIMULATOR, signals, || UnixStream::connect(&socket).is_ok())? {
+            if !children.serve(SIMULATOR, signals, || try_connect(&socket).is_ok())? {
                 return Ok(false);
             }
             socket
