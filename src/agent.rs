@@ -32,13 +32,14 @@ pub mod node;
 pub mod reconcile;
 pub mod registry;
 pub mod rotate;
+pub mod sweep;
 pub mod work;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -60,6 +61,7 @@ use journal::Journal;
 use node::{Endpoint, Node, Stoppers};
 use registry::{Batch, Queues, Registry, Restored};
 use rotate::Rotation;
+use sweep::Sweeps;
 
 const PROGRAM: &str = "kakuri-agent";
 const PROBE_WORKERS: usize = 2;
@@ -114,27 +116,6 @@ pub struct Agent {
     /// Set when nothing more will come for the journal.
     pub journal_ends: AtomicBool,
     logs: PathBuf,
-}
-
-/// Sandboxes to be removed, each once at a time.
-pub struct Sweeps {
-    queue: Sender<(usize, Seen)>,
-    under_way: Mutex<BTreeSet<String>>,
-}
-
-impl Sweeps {
-    /// Queues a sandbox of an endpoint, unless it is queued. A full queue refuses; the next list offers it again.
-    pub fn offer(&self, endpoint: usize, seen: Seen) {
-        let mut under_way = self.under_way.lock().unwrap_or_else(PoisonError::into_inner);
-        let sandbox_id = seen.sandbox_id.clone();
-        if !under_way.contains(&sandbox_id) && self.queue.try_send((endpoint, seen)).is_ok() {
-            under_way.insert(sandbox_id);
-        }
-    }
-
-    fn done(&self, sandbox_id: &str) {
-        self.under_way.lock().unwrap_or_else(PoisonError::into_inner).remove(sandbox_id);
-    }
 }
 
 impl Agent {
@@ -207,7 +188,7 @@ fn run(config: &AgentConfig) -> Result<(), Box<dyn std::error::Error>> {
         node,
         stop,
         stoppers: Stoppers::default(),
-        sweeps: Sweeps { queue: sweep_sender, under_way: Mutex::default() },
+        sweeps: Sweeps::new(sweep_sender),
         relist_ms: config.relist_ms,
         mount_roots,
         images: Images::open(config)?,
@@ -313,12 +294,7 @@ fn start_threads(agent: &Arc<Agent>, config: &AgentConfig, queues: &WorkQueues) 
         }
     }
     let (a, sweeps) = (Arc::clone(agent), queues.sweeps.clone());
-    let sweep = move || {
-        work_loop(&a, &sweeps, |(endpoint, seen)| {
-            work::sweep(&a, endpoint, &seen);
-            a.sweeps.done(&seen.sandbox_id);
-        });
-    };
+    let sweep = move || work_loop(&a, &sweeps, |(endpoint, seen)| sweep::sweep(&a, endpoint, &seen));
     threads.push((spawn("sweep", sweep)?, false));
     for i in 0..config.pulls_max {
         let a = Arc::clone(agent);

@@ -158,6 +158,12 @@ impl fmt::Display for Timestamp {
 /// The last millisecond of the year 9999, the end of RFC 3339.
 const MILLIS_MAX: u64 = 253_402_300_799_999;
 
+/// The pause after so many failures in a row, the first counted as 1: it begins with `first_ms`, and is doubled up to `most_ms`.
+pub fn doubled_ms(first_ms: u64, most_ms: u64, failures: u32) -> u64 {
+    let factor = 1u64 << failures.saturating_sub(1).min(32);
+    first_ms.saturating_mul(factor).min(most_ms)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -167,6 +173,11 @@ mod tests {
         let deadline = Deadline::within_ms(0, "header");
         assert_eq!(deadline.left(), Err(Expired { phase: "header" }));
         assert_eq!(deadline.expired().to_string(), "timeout: header");
+    }
+
+    #[test]
+    fn a_pause_is_doubled_up_to_its_bound() {
+        assert_eq!([0, 1, 2, 4, 5, u32::MAX].map(|n| doubled_ms(250, 1000, n)), [250, 250, 500, 1000, 1000, 1000]);
     }
 
     #[test]

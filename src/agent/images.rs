@@ -32,7 +32,7 @@ use crate::config::{AgentConfig, ImageGc};
 use crate::cri::images::{self, Errand, Found, Image, Kind, Remains, Trouble};
 use crate::cri::proto::AuthConfig;
 use crate::cri::runtime::{StartError, failure};
-use crate::deadline::{Deadline, Stopwatch, Timestamp};
+use crate::deadline::{Deadline, Stopwatch, Timestamp, doubled_ms};
 use crate::limits;
 use crate::workload::{ImageRef, Name, PullPolicy, Reason, Spec, WorkloadId};
 
@@ -363,9 +363,9 @@ impl Images {
             }
             (Outcome::Passing(trouble), true) => {
                 let pull = &mut inner.pulls[at];
-                let ms = limits::PULL_RETRY_MS_MIN << pull.failures.min(16);
                 pull.failures = pull.failures.saturating_add(1);
-                pull.retry = Some(Deadline::within_ms(ms.min(limits::PULL_RETRY_MS_MAX), "pull"));
+                let ms = doubled_ms(limits::PULL_RETRY_MS_MIN, limits::PULL_RETRY_MS_MAX, pull.failures);
+                pull.retry = Some(Deadline::within_ms(ms, "pull"));
                 pull.is_doing = false;
                 let waiters = pull.waiters.clone();
                 inner.is_due |= trouble.kind == Kind::Disk;

@@ -36,8 +36,8 @@ use crate::wire::status::{Isolation, Status};
 use crate::workload::{Health, Name, Phase, Reason, State, Workload, WorkloadId};
 
 pub use asks::{Overtaken, Refusal};
-pub use entry::{Chore, News, Snapshot};
-use entry::{Entry, Probe, Work};
+pub use entry::{Chore, News, Snapshot, chore_pause_ms};
+use entry::{Entry, Probe, UNTRACEABLE, Work};
 pub use journaled::{Batch, Restored};
 pub use tickets::{EndStep, EndTicket, StartTicket};
 
@@ -325,16 +325,24 @@ impl Registry {
             }
             Observed::Running(since) => {
                 entry.is_rebooted = false;
-                entry.unknown = None;
                 entry.status.observed_at = Timestamp::now();
                 entry.status.started_at = entry.status.started_at.or(since);
+                let was_untraceable = entry.is_untraceable();
+                entry.unknown = None;
+                if was_untraceable {
+                    log::info!("workload {id}: the runtime knows again that it runs");
+                    (entry.stopping, entry.kill, entry.status.phase) = (None, None, None);
+                    self.publish(&mut inner, id, EventKind::Modified);
+                }
             }
             Observed::Unknown => {
-                let until = entry.unknown.get_or_insert_with(|| Deadline::within_ms(limits::UNKNOWN_MS_MAX, "container"));
-                if until.left().is_err() {
-                    drop(inner);
-                    let message = "the runtime has lost track of the container, and does not know whether it runs".into();
-                    self.ail(id, container_id, Reason::SandboxDied, message);
+                let until = *entry.unknown.get_or_insert_with(|| Deadline::within_ms(limits::UNKNOWN_MS_MAX, "container"));
+                if until.left().is_err() && entry.stopping.is_none() {
+                    log::warn!("workload {id}: {UNTRACEABLE}; it is stopped");
+                    entry.retry = None;
+                    entry.stopping = Some(Stopwatch::start());
+                    entry.status.phase = Some(Phase::Stopping);
+                    self.publish(&mut inner, id, EventKind::Modified);
                 }
             }
             Observed::Created => {}

@@ -13,7 +13,7 @@ use super::logs::files::Files;
 use super::node;
 use super::registry::{CheckUp, Chore, EndStep, EndTicket, StartTicket};
 use crate::cri::images::Image;
-use crate::cri::runtime::{self, Observed, Order, Seen, StartError, Started};
+use crate::cri::runtime::{self, Observed, Order, StartError, Started};
 use crate::deadline::Deadline;
 use crate::failpoint;
 use crate::grpc::{Code, ErrorKind};
@@ -172,18 +172,6 @@ fn stop(client: &crate::cri::Client, container_id: &str, grace_ms: u64, failures
 
 fn is_timeout(error: &crate::grpc::Error) -> bool {
     matches!(error.kind, ErrorKind::Expired(_)) || matches!(error.code(), Some(Code::DeadlineExceeded | Code::Cancelled))
-}
-
-/// Removes a sandbox that nobody wants.
-pub fn sweep(agent: &Agent, endpoint: usize, seen: &Seen) {
-    let Seen { sandbox_id, workload, .. } = seen;
-    log::warn!("sandbox {sandbox_id} of workload {workload:?} is wanted by nobody and removed");
-    let deadline = Deadline::within_ms(limits::UNDO_MS_MAX, "sweep");
-    if let Err(error) = runtime::remove_sandbox(&agent.endpoint(endpoint).client, sandbox_id, deadline) {
-        // The next list shows it again.
-        return log::warn!("sandbox {sandbox_id}: {}", Chain(&error));
-    }
-    remove_stray_logs(agent);
 }
 
 /// Removes log directories of workloads that are not here any more: of starts that another agent began, and nobody takes up. Only

@@ -26,7 +26,7 @@ use crossbeam_channel::{Receiver, Sender, bounded, select};
 use super::Plane;
 use super::node_client::Error;
 use super::store::Record;
-use crate::deadline::{Deadline, Stopwatch};
+use crate::deadline::{Deadline, Stopwatch, doubled_ms};
 use crate::limits;
 use crate::report::Chain;
 use crate::wire::Status;
@@ -376,7 +376,7 @@ impl Attempts {
 
 /// Between attempt `count` and the next.
 fn pause_ms(count: u32) -> u64 {
-    limits::RETRY_MS_MIN.checked_shl(count.saturating_sub(1)).unwrap_or(u64::MAX).min(limits::RETRY_MS_MAX)
+    doubled_ms(limits::RETRY_MS_MIN, limits::RETRY_MS_MAX, count)
 }
 
 /// The right to change a workload's fate on its agent; given back when dropped.

@@ -197,7 +197,7 @@ fn what_a_runtime_lost_track_of_does_not_run_for_ever() {
     until("it is not believed to have ended as long as nobody knows", || seen("once").last_error.is_some());
     place.faults(&[]);
     let (state, status) = agent.ended("once");
-    assert_eq!((state, status.reason, status.exit_code), (State::Failed, Some(Reason::SandboxDied), Some(137)), "{status:?}");
+    assert_eq!((state, status.reason, status.exit_code), (State::Failed, Some(Reason::SandboxDied), Some(143)), "{status:?}");
     assert!(status.message.is_some_and(|message| message.contains("lost track")), "it says why");
     until("its policy goes on", || seen("again").restarts == 1 && agent.status("again").0 == State::Running);
     assert_eq!(place.containers().iter().filter(|c| c.state() == ContainerState::ContainerRunning).count(), 1);

@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 
 use crate::cri::images::Image;
 use crate::cri::runtime::{Class, Ending};
-use crate::deadline::{Deadline, Stopwatch, Timestamp};
+use crate::deadline::{Deadline, Stopwatch, Timestamp, doubled_ms};
 use crate::limits;
 use crate::report::clip;
 use crate::wire::agent::{Event, EventKind, Object};
@@ -259,7 +259,7 @@ impl Entry {
             (Wanted::Delete, State::Running) if self.failures >= STOP_FAILURES_MAX => Some(Chore::Remove),
             (Wanted::Delete | Wanted::Stop { .. }, State::Running) => Some(Chore::Stop),
             (Wanted::Delete, State::Pending | State::Succeeded | State::Failed) => Some(Chore::Remove),
-            (Wanted::Run, State::Running) => self.ailing.is_some().then_some(Chore::Stop),
+            (Wanted::Run, State::Running) => (self.ailing.is_some() || self.is_untraceable()).then_some(Chore::Stop),
             (Wanted::Run, State::Pending) if self.made.is_some() => Some(Chore::Clear),
             (Wanted::Run, State::Pending) => self.restart.is_none_or(|restart| restart.left().is_err()).then_some(Chore::Start),
             // It ends as soon as nobody is at work on it.
@@ -308,6 +308,11 @@ impl Entry {
 
     pub(super) fn news(&self, revision: u64, kind: EventKind) -> News {
         News { revision, kind, snapshot: self.snapshot(), spec_bytes: self.spec_bytes }
+    }
+
+    /// Its runtime has lost track of it, and nothing else is the reason that it is being stopped.
+    pub(super) fn is_untraceable(&self) -> bool {
+        self.unknown.is_some() && self.stopping.is_some() && self.wanted == Wanted::Run && self.ailing.is_none()
     }
 
     pub(super) fn owns(&self, sandbox_id: &str) -> bool {
@@ -525,6 +530,8 @@ impl Entry {
             Wanted::Delete => (Reason::Stopped, said),
             Wanted::Run => match &self.ailing {
                 Some(ailing) => (ailing.reason, Some(ailing.message.clone())),
+                // Before anybody stopped it, it may have ended by itself, unseen.
+                None if self.is_stopped_untraceable(exit_code, finished_at) => (Reason::SandboxDied, Some(UNTRACEABLE.into())),
                 None if exit_code == Some(0) => (Reason::Completed, said),
                 // What the runtime kept of it over a boot counts; what it made up does not.
                 None if exit_code.is_none() && self.is_rebooted => return self.lost(),
@@ -535,14 +542,27 @@ impl Entry {
         self.conclude(succeeded, reason, message, finished_at);
     }
 
+    /// Whether it was stopped for want of any trace of it, and that is what ended it.
+    fn is_stopped_untraceable(&self, exit_code: Option<i32>, finished_at: Option<Timestamp>) -> bool {
+        let Some(stopping) = self.stopping.as_ref().filter(|_| self.is_untraceable()) else { return false };
+        let since = Timestamp::now().minus_ms(stopping.elapsed_ms());
+        exit_code.is_none() || finished_at.is_none_or(|finished| finished >= since)
+    }
+
     pub(super) fn fail_chore(&mut self, message: String) {
         self.failures = self.failures.saturating_add(1);
-        // 250 ms doubling to 16 s: a runtime that restarts is back in a second or two.
-        let ms = 250u64 << self.failures.saturating_sub(1).min(6);
-        self.retry = Some(Deadline::within_ms(ms, "retry"));
+        self.retry = Some(Deadline::within_ms(chore_pause_ms(self.failures), "retry"));
         self.status.last_error = Some(clip(message, limits::MESSAGE_BYTES_MAX));
     }
 }
+
+/// The pause after so many failures of a chore in a row.
+pub fn chore_pause_ms(failures: u32) -> u64 {
+    doubled_ms(limits::CHORE_RETRY_MS_MIN, limits::CHORE_RETRY_MS_MAX, failures)
+}
+
+/// Why what nobody can trace is stopped.
+pub(super) const UNTRACEABLE: &str = "the runtime has lost track of the container, and does not know whether it runs";
 
 /// Failed stops after which a delete goes on to removing the sandbox.
 pub(super) const STOP_FAILURES_MAX: u32 = 3;

@@ -131,6 +131,52 @@ fn a_ticket_that_is_dropped_marks_the_workload_failed() {
     assert_eq!((state(&house), reason(&house)), (State::Failed, Some(Reason::CreateFailed)));
 }
 
+/// A workload of which its runtime has not known for too long whether it runs.
+fn untraceable(fields: serde_json::Value) -> House {
+    let house = running(fields, false);
+    let unknown = || house.registry.observe(&id(), "c", Observed::Unknown);
+    unknown();
+    unknown();
+    assert!(house.registry.begin_end(&id()).is_none(), "it may know again in a moment");
+    house.registry.lock().entries.get_mut(&id()).expect("known").unknown = Some(Deadline::within_ms(0, "container"));
+    assert!(house.registry.begin_end(&id()).is_none(), "not before it was asked once more");
+    unknown();
+    assert_eq!(house.registry.status(&id()).expect("known").1.phase, Some(Phase::Stopping));
+    house
+}
+
+#[test]
+fn what_its_runtime_lost_track_of_is_stopped_and_judged_by_how_it_ended() {
+    let stopped = |exit_code, finished_at| {
+        let house = untraceable(json!({"restart_policy": "on-failure"}));
+        let ticket = house.registry.begin_end(&house.ends.try_recv().expect("queued")).expect("to be stopped");
+        assert_eq!(ticket.chore, Chore::Stop);
+        let Observed::Ended(ending) = ending(exit_code, false) else { unreachable!("an end") };
+        ticket.finish(Ok(EndStep::Ended(Ending { finished_at, ..ending })));
+        let (state, status) = house.registry.status(&id()).expect("known");
+        (state, status.reason)
+    };
+    let now = Timestamp::now();
+    // It was over before anybody stopped it: what is done is not done again.
+    assert_eq!(stopped(Some(0), Some(now.minus_ms(60_000))), (State::Succeeded, Some(Reason::Completed)));
+    assert_eq!(stopped(Some(3), Some(now.minus_ms(60_000))), (State::Pending, Some(Reason::Error)));
+    for (exit_code, finished_at) in [(Some(137), Some(now.plus_ms(60_000))), (None, Some(now.minus_ms(60_000))), (Some(0), None)] {
+        assert_eq!(stopped(exit_code, finished_at), (State::Pending, Some(Reason::SandboxDied)), "{exit_code:?} {finished_at:?}");
+    }
+    // It is found again.
+    let house = untraceable(json!({}));
+    house.registry.observe(&id(), "c", Observed::Running(None));
+    assert!(house.registry.begin_end(&house.ends.try_recv().expect("queued")).is_none(), "nothing is to be done any more");
+    let (state, status) = house.registry.status(&id()).expect("known");
+    assert_eq!((state, status.phase, house.registry.stopping().1), (State::Running, None, 0));
+    // Somebody wants its end for another reason.
+    let house = untraceable(json!({}));
+    house.stop();
+    let Observed::Ended(ending) = ending(Some(137), false) else { unreachable!("an end") };
+    house.registry.begin_end(&id()).expect("to be stopped").finish(Ok(EndStep::Ended(ending)));
+    assert_eq!(reason(&house), Some(Reason::Stopped));
+}
+
 #[test]
 fn what_ended_says_how_and_its_sandbox_is_retired() {
     let check = |observed: Observed, expected: (State, Reason, Option<i32>)| {

@@ -255,6 +255,7 @@ fn judge(fate: Fate, meddling: Meddling, has_run: bool, status: &Status) -> Resu
     let exit = status.exit_code;
     let has_run = has_run && !matches!(fate, Fate::Restarts { .. });
     let is_killed = || matches!(exit, None | Some(137 | 143));
+    let is_untraceable = status.message.as_ref().is_some_and(|message| message.contains("lost track of the container"));
     // The weather: a runtime that fails in the middle of a start.
     let is_failed_start = matches!(
         status.reason,
@@ -290,6 +291,8 @@ fn judge(fate: Fate, meddling: Meddling, has_run: bool, status: &Status) -> Resu
         Some(Reason::SandboxDied | Reason::Error) if meddling.is_harmed && is_killed() => Ok(()),
         // It may have ended by itself just before its sandbox was found gone.
         Some(Reason::SandboxDied) if meddling.is_harmed && matches!(fate, Fate::Exits(code) if exit == Some(code)) => Ok(()),
+        // A containerd that was killed may have lost track of what runs, and then it is stopped.
+        Some(Reason::SandboxDied) if meddling.is_real && is_killed() && is_untraceable => Ok(()),
         Some(Reason::Error) if meddling.is_real && fate != Fate::Forever && matches!(exit, None | Some(137 | 255)) => Ok(()),
         _ => Err("an end that nobody brought about"),
     }
@@ -382,6 +385,15 @@ mod tests {
         check(Fate::Exits(7), harmed, &died(Some(8)), Some("an end that nobody"));
         check(Fate::Exits(7), none, &died(Some(7)), Some("an end that nobody"));
         check(Fate::Forever, harmed, &died(Some(7)), Some("an end that nobody"));
+        let real = Meddling { is_real: true, ..none };
+        let lost = |exit| {
+            let message = Some("the runtime has lost track of the container".to_owned());
+            [(Running, plain()), (Failed, Status { message, ..status(Some(Reason::SandboxDied), exit) })]
+        };
+        check(Fate::Forever, real, &lost(Some(143)), None);
+        check(Fate::Forever, none, &lost(Some(143)), Some("an end that nobody"));
+        check(Fate::Exits(7), real, &lost(Some(7)), Some("an end that nobody"));
+        check(Fate::Forever, real, &died(Some(143)), Some("an end that nobody"));
         let unavailable = status(Some(Reason::RuntimeUnavailable), None);
         check(Fate::Forever, none, &[(Pending, plain()), (Failed, unavailable.clone())], None);
         check(Fate::Forever, none, &[(Running, plain()), (Failed, unavailable)], Some("an end that nobody"));
