@@ -129,9 +129,9 @@ fn recover(entry: &Known, half: Option<&Seen>) -> Action {
     let id = entry.id.clone();
     let has_run = |seen: &Seen| match seen.container.as_ref().map(|container| container.state) {
         Some(ContainerState::ContainerRunning) => true,
-        // What was never asked to run and is called ended was ended by whoever undid its start, or by a runtime that lost it.
-        Some(ContainerState::ContainerExited) => entry.is_launched,
-        Some(ContainerState::ContainerCreated | ContainerState::ContainerUnknown) | None => false,
+        // What was never asked to run is called ended by whoever undid its start, and unknown by a runtime that lost it.
+        Some(ContainerState::ContainerExited | ContainerState::ContainerUnknown) => entry.is_launched,
+        Some(ContainerState::ContainerCreated) | None => false,
     };
     match half {
         Some(seen) if seen.attempt == entry.attempt && has_run(seen) => Action::Adopt(seen.clone()),

@@ -37,7 +37,7 @@ use crate::workload::{Health, Name, Phase, Reason, State, Workload, WorkloadId};
 
 pub use asks::{Overtaken, Refusal};
 pub use entry::{Chore, News, Snapshot, chore_pause_ms};
-use entry::{Entry, Probe, UNTRACEABLE, Work};
+use entry::{Entry, Probe, Work};
 pub use journaled::{Batch, Restored};
 pub use tickets::{EndStep, EndTicket, StartTicket};
 
@@ -327,22 +327,14 @@ impl Registry {
                 entry.is_rebooted = false;
                 entry.status.observed_at = Timestamp::now();
                 entry.status.started_at = entry.status.started_at.or(since);
-                let was_untraceable = entry.is_untraceable();
                 entry.unknown = None;
-                if was_untraceable {
-                    log::info!("workload {id}: the runtime knows again that it runs");
-                    (entry.stopping, entry.kill, entry.status.phase) = (None, None, None);
-                    self.publish(&mut inner, id, EventKind::Modified);
-                }
             }
             Observed::Unknown => {
                 let until = *entry.unknown.get_or_insert_with(|| Deadline::within_ms(limits::UNKNOWN_MS_MAX, "container"));
-                if until.left().is_err() && entry.stopping.is_none() {
-                    log::warn!("workload {id}: {UNTRACEABLE}; it is stopped");
-                    entry.retry = None;
-                    entry.stopping = Some(Stopwatch::start());
-                    entry.status.phase = Some(Phase::Stopping);
-                    self.publish(&mut inner, id, EventKind::Modified);
+                if until.left().is_err() {
+                    drop(inner);
+                    let message = "the runtime has lost track of the container, and does not know whether it runs".to_owned();
+                    self.ail(id, container_id, Reason::RuntimeUnavailable, message);
                 }
             }
             Observed::Created => {}

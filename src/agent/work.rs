@@ -164,7 +164,7 @@ fn stop(client: &crate::cri::Client, container_id: &str, grace_ms: u64, failures
     match (runtime::observe(client, container_id, quick), stopped) {
         (Ok(Observed::Ended(ending)), _) => Ok(EndStep::Ended(ending)),
         (Err(error), _) if error.code() == Some(Code::NotFound) => Ok(EndStep::Gone),
-        (Ok(Observed::Running(_)), Err(error)) if is_long && is_timeout(&error) => Ok(EndStep::Asked),
+        (Ok(Observed::Running(_) | Observed::Unknown), Err(error)) if is_long && is_timeout(&error) => Ok(EndStep::Asked),
         (_, Err(error)) | (Err(error), Ok(())) => Err(Chain(&error).to_string()),
         (Ok(observed), Ok(())) => Err(format!("the runtime says it stopped the container, and that it is {observed:?}")),
     }

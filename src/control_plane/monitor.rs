@@ -289,15 +289,11 @@ fn watch(plane: &Plane, node: &Node, was_lost: bool, was_watched: &mut bool) -> 
                     let why = clip(Chain(&unreadable).to_string(), limits::MESSAGE_BYTES_MAX);
                     log::warn!("node {}: an event is skipped, and others like it: {why}", node.name);
                 }
-                match unreadable.id {
-                    Some(id) => {
-                        list(&id);
-                        // It is there, whatever it does: placed anywhere else, it might run twice.
-                        if plane.store.get(&id).is_none_or(|record| record.node != node.name) {
-                            node.with_strangers(|strangers| strangers.add(id));
-                        }
-                    }
-                    None => node.with_strangers(|strangers| strangers.has_others = true),
+                let is_ours = |id: &WorkloadId| plane.store.get(id).is_some_and(|record| record.node == node.name);
+                match &unreadable.id {
+                    Some(id) if is_ours(id) => list(id),
+                    // One may have come that nobody here knows of. From now on the agent is asked what it has.
+                    Some(_) | None => node.with_strangers(|strangers| strangers.has_others = true),
                 }
             }
             Err(error) => return Err(error),

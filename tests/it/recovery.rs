@@ -180,24 +180,21 @@ fn a_sandbox_of_ours_that_cannot_be_read_is_left_alone() {
 fn what_a_runtime_lost_track_of_does_not_run_for_ever() {
     let place = Place::sim(&[]);
     let agent = place.agent(&["--relist-ms", "200"]);
-    agent.run(&place.workload("once", &["sleep", "1000"]));
+    // A long grace, which a worker does not wait for.
+    agent.run_until_ready(&with(place.workload("once", &place.stubborn()), json!({"stop_grace_ms": 4000})));
     agent.run(&with(place.workload("again", &["sleep", "1000"]), json!({"restart_policy": "always", "restart_backoff_ms": 100})));
-    // For a moment it does not know; that is no news.
     let seen = |id: &str| agent.status(id).1;
     place.faults(&["unknown=runc"]);
-    let (listed, before) = (place.count("ListContainers"), seen("once"));
-    until("it was listed", || place.count("ListContainers") > listed + 1);
-    place.faults(&[]);
-    until("the truth is fresh", || seen("once").observed_at > before.observed_at);
-    assert_eq!((agent.status("once").0, seen("once").phase), (State::Running, None));
-    // For good.
-    place.faults(&["unknown=runc"]);
     let is_stopping = |id: &str| (seen(id).phase == Some(Phase::Stopping)).then_some(());
-    within(limits::UNKNOWN_MS_MAX * 3, || is_stopping("once").and(is_stopping("again"))).expect("it is stopped");
-    until("it is not believed to have ended as long as nobody knows", || seen("once").last_error.is_some());
+    within(limits::UNKNOWN_MS_MAX * 3, || is_stopping("once").and(is_stopping("again"))).expect("they are stopped");
+    let was_stopped =
+        |id: &str| seen(id).last_error.is_some_and(|error| error.contains("says it stopped the container, and that it is Unknown"));
+    until("one obeyed", || was_stopped("again"));
+    until("the other was killed after its grace", || was_stopped("once"));
+    assert_eq!((agent.status("again").0, agent.status("once").0), (State::Running, State::Running), "nobody said that they ended");
     place.faults(&[]);
     let (state, status) = agent.ended("once");
-    assert_eq!((state, status.reason, status.exit_code), (State::Failed, Some(Reason::SandboxDied), Some(143)), "{status:?}");
+    assert_eq!((state, status.reason, status.exit_code), (State::Failed, Some(Reason::RuntimeUnavailable), Some(137)), "{status:?}");
     assert!(status.message.is_some_and(|message| message.contains("lost track")), "it says why");
     until("its policy goes on", || seen("again").restarts == 1 && agent.status("again").0 == State::Running);
     assert_eq!(place.containers().iter().filter(|c| c.state() == ContainerState::ContainerRunning).count(), 1);

@@ -164,16 +164,14 @@ fn what_an_agent_before_was_about_to_start_is_taken_up_cleared_or_waited_for() {
         check(&[journaled(State::Pending, 0, false)], &[seen(0, None)], first, &[recover(Some(seen(0, None)))]);
         check(&[journaled(State::Pending, 0, false)], &[seen(0, CREATED)], first, &[recover(Some(seen(0, CREATED)))]);
     }
-    // What was never asked to run did not, whatever a runtime makes of it that lost half of what it made; and what it does not know
-    // is no reason to call it running.
+    // What was never asked to run did not, whatever a runtime makes of it that lost half of what it made. What was, may.
     for state in [EXITED, UNKNOWN] {
         check(&[journaled(State::Pending, 0, false)], &[seen(0, state)], true, &[recover(Some(seen(0, state)))]);
+        check(&[journaled(State::Pending, 0, true)], &[seen(0, state)], true, &[Action::Adopt(seen(0, state))]);
     }
-    check(&[journaled(State::Pending, 0, true)], &[seen(0, UNKNOWN)], true, &[recover(Some(seen(0, UNKNOWN)))]);
     // It ran, or runs.
     check(&[journaled(State::Pending, 0, false)], &[seen(0, RUNNING)], true, &[Action::Adopt(seen(0, RUNNING))]);
     check(&[journaled(State::Pending, 0, true)], &[seen(0, RUNNING)], true, &[Action::Adopt(seen(0, RUNNING))]);
-    check(&[journaled(State::Pending, 0, true)], &[seen(0, EXITED)], true, &[Action::Adopt(seen(0, EXITED))]);
     // Whether it runs a moment later nobody knows.
     check(&[journaled(State::Pending, 0, true)], &[seen(0, CREATED)], true, &[Action::Doubt { id: id(), seen: seen(0, CREATED) }]);
     // What ended before the restart by policy is cleared away, and only the latest of several is this workload's.

@@ -54,6 +54,8 @@ pub(super) struct Entry {
     pub(super) kill: Option<Deadline>,
     /// Since when it is to end.
     pub(super) stopping: Option<Stopwatch>,
+    /// When its runtime was asked to stop it, first; at the latest, if an agent before this one did.
+    pub(super) asked_to_stop: Option<Timestamp>,
     /// When a probe that got no answer may be tried again, and how long the next pause is.
     pub(super) probe_retry: Option<(Deadline, u64)>,
     /// When its time to live is over: counted from when it first ran.
@@ -234,6 +236,7 @@ impl Entry {
             failures: 0,
             kill: None,
             stopping: None,
+            asked_to_stop: None,
             probe_retry: None,
             ttl: None,
             ran_since: None,
@@ -259,7 +262,7 @@ impl Entry {
             (Wanted::Delete, State::Running) if self.failures >= STOP_FAILURES_MAX => Some(Chore::Remove),
             (Wanted::Delete | Wanted::Stop { .. }, State::Running) => Some(Chore::Stop),
             (Wanted::Delete, State::Pending | State::Succeeded | State::Failed) => Some(Chore::Remove),
-            (Wanted::Run, State::Running) => (self.ailing.is_some() || self.is_untraceable()).then_some(Chore::Stop),
+            (Wanted::Run, State::Running) => self.ailing.is_some().then_some(Chore::Stop),
             (Wanted::Run, State::Pending) if self.made.is_some() => Some(Chore::Clear),
             (Wanted::Run, State::Pending) => self.restart.is_none_or(|restart| restart.left().is_err()).then_some(Chore::Start),
             // It ends as soon as nobody is at work on it.
@@ -308,11 +311,6 @@ impl Entry {
 
     pub(super) fn news(&self, revision: u64, kind: EventKind) -> News {
         News { revision, kind, snapshot: self.snapshot(), spec_bytes: self.spec_bytes }
-    }
-
-    /// Its runtime has lost track of it, and nothing else is the reason that it is being stopped.
-    pub(super) fn is_untraceable(&self) -> bool {
-        self.unknown.is_some() && self.stopping.is_some() && self.wanted == Wanted::Run && self.ailing.is_none()
     }
 
     pub(super) fn owns(&self, sandbox_id: &str) -> bool {
@@ -381,6 +379,7 @@ impl Entry {
         self.kill = None;
         self.failures = 0;
         self.stopping = None;
+        self.asked_to_stop = None;
         self.probe = Probe::Over;
         self.probe_retry = None;
         self.ailing = None;
@@ -463,7 +462,7 @@ impl Entry {
         let (reason, message) = if self.is_rebooted {
             (Reason::NodeRebooted, "the machine was booted again while it ran")
         } else if self.state == State::Pending {
-            (Reason::StartFailed, "an agent died while it started it, and whether it ran is not known")
+            (Reason::StartFailed, "an agent died while it started it; whether it ran is not known, and nothing of it is left")
         } else {
             (Reason::SandboxDied, "the runtime does not have it any more")
         };
@@ -519,6 +518,16 @@ impl Entry {
         if self.state != State::Running {
             return;
         }
+        let is_unasked = self.is_unasked(finished_at);
+        // containerd's own, for a container that it has no task of (`cleanupUnknownContainer`).
+        let is_made_up = |code: &i32| *code == 255 && self.unknown.is_some() && !is_unasked;
+        let exit_code = exit_code.filter(|code| !is_made_up(code));
+        // What had ended by itself, unseen, before it was stopped for want of a sandbox or of any trace of it, is not done again.
+        let is_own_end = |ailing: &Ailing| {
+            is_unasked
+                && matches!(ailing.reason, Reason::SandboxDied | Reason::RuntimeUnavailable)
+                && exit_code.is_some_and(|code| !matches!(code, 137 | 143))
+        };
         self.status.exit_code = exit_code;
         self.status.oom_killed = oom_killed;
         self.status.started_at = self.status.started_at.or(started_at);
@@ -528,10 +537,8 @@ impl Entry {
             _ if never_ran => (Reason::StartFailed, said),
             Wanted::Stop { reason, message } => (*reason, message.clone().or(said)),
             Wanted::Delete => (Reason::Stopped, said),
-            Wanted::Run => match &self.ailing {
+            Wanted::Run => match self.ailing.as_ref().filter(|ailing| !is_own_end(ailing)) {
                 Some(ailing) => (ailing.reason, Some(ailing.message.clone())),
-                // Before anybody stopped it, it may have ended by itself, unseen.
-                None if self.is_stopped_untraceable(exit_code, finished_at) => (Reason::SandboxDied, Some(UNTRACEABLE.into())),
                 None if exit_code == Some(0) => (Reason::Completed, said),
                 // What the runtime kept of it over a boot counts; what it made up does not.
                 None if exit_code.is_none() && self.is_rebooted => return self.lost(),
@@ -542,11 +549,9 @@ impl Entry {
         self.conclude(succeeded, reason, message, finished_at);
     }
 
-    /// Whether it was stopped for want of any trace of it, and that is what ended it.
-    fn is_stopped_untraceable(&self, exit_code: Option<i32>, finished_at: Option<Timestamp>) -> bool {
-        let Some(stopping) = self.stopping.as_ref().filter(|_| self.is_untraceable()) else { return false };
-        let since = Timestamp::now().minus_ms(stopping.elapsed_ms());
-        exit_code.is_none() || finished_at.is_none_or(|finished| finished >= since)
+    /// Whether it ended before anybody asked its runtime to stop it.
+    fn is_unasked(&self, finished_at: Option<Timestamp>) -> bool {
+        finished_at.is_some_and(|finished| self.asked_to_stop.is_none_or(|asked| finished < asked))
     }
 
     pub(super) fn fail_chore(&mut self, message: String) {
@@ -560,9 +565,6 @@ impl Entry {
 pub fn chore_pause_ms(failures: u32) -> u64 {
     doubled_ms(limits::CHORE_RETRY_MS_MIN, limits::CHORE_RETRY_MS_MAX, failures)
 }
-
-/// Why what nobody can trace is stopped.
-pub(super) const UNTRACEABLE: &str = "the runtime has lost track of the container, and does not know whether it runs";
 
 /// Failed stops after which a delete goes on to removing the sandbox.
 pub(super) const STOP_FAILURES_MAX: u32 = 3;

@@ -110,6 +110,7 @@ impl Registry {
             let is_ending = entry.wanted != Wanted::Run || entry.ailing.is_some();
             entry.status.phase = is_ending.then_some(Phase::Stopping);
             entry.stopping = is_ending.then(Stopwatch::start);
+            entry.asked_to_stop = is_ending.then_some(entry.status.created_at);
         }
         Ok(entry)
     }

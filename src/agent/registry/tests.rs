@@ -135,11 +135,16 @@ fn a_ticket_that_is_dropped_marks_the_workload_failed() {
 fn untraceable(fields: serde_json::Value) -> House {
     let house = running(fields, false);
     let unknown = || house.registry.observe(&id(), "c", Observed::Unknown);
+    let age = || house.registry.lock().entries.get_mut(&id()).expect("known").unknown = Some(Deadline::within_ms(0, "container"));
     unknown();
     unknown();
-    assert!(house.registry.begin_end(&id()).is_none(), "it may know again in a moment");
-    house.registry.lock().entries.get_mut(&id()).expect("known").unknown = Some(Deadline::within_ms(0, "container"));
-    assert!(house.registry.begin_end(&id()).is_none(), "not before it was asked once more");
+    house.registry.tick();
+    assert!(house.ends.is_empty(), "it may know again in a moment");
+    age();
+    house.registry.observe(&id(), "c", Observed::Running(None));
+    unknown();
+    assert!(house.ends.is_empty(), "it knew again");
+    age();
     unknown();
     assert_eq!(house.registry.status(&id()).expect("known").1.phase, Some(Phase::Stopping));
     house
@@ -147,34 +152,61 @@ fn untraceable(fields: serde_json::Value) -> House {
 
 #[test]
 fn what_its_runtime_lost_track_of_is_stopped_and_judged_by_how_it_ended() {
-    let stopped = |exit_code, finished_at| {
-        let house = untraceable(json!({"restart_policy": "on-failure"}));
-        let ticket = house.registry.begin_end(&house.ends.try_recv().expect("queued")).expect("to be stopped");
-        assert_eq!(ticket.chore, Chore::Stop);
+    let lost = |house: &House| house.registry.begin_end(&house.ends.try_recv().expect("queued")).expect("to be stopped").chore;
+    let ended = |house: &House, exit_code, finished_at| {
         let Observed::Ended(ending) = ending(exit_code, false) else { unreachable!("an end") };
-        ticket.finish(Ok(EndStep::Ended(Ending { finished_at, ..ending })));
+        house.registry.observe(&id(), "c", Observed::Ended(Ending { finished_at, ..ending }));
         let (state, status) = house.registry.status(&id()).expect("known");
         (state, status.reason)
     };
-    let now = Timestamp::now();
+    let (earlier, later) = (Some(Timestamp::now().minus_ms(60_000)), Some(Timestamp::now().plus_ms(60_000)));
+    let stopped = |exit_code, finished_at| {
+        let house = untraceable(json!({"restart_policy": "on-failure"}));
+        assert_eq!(lost(&house), Chore::Stop);
+        ended(&house, exit_code, finished_at)
+    };
     // It was over before anybody stopped it: what is done is not done again.
-    assert_eq!(stopped(Some(0), Some(now.minus_ms(60_000))), (State::Succeeded, Some(Reason::Completed)));
-    assert_eq!(stopped(Some(3), Some(now.minus_ms(60_000))), (State::Pending, Some(Reason::Error)));
-    for (exit_code, finished_at) in [(Some(137), Some(now.plus_ms(60_000))), (None, Some(now.minus_ms(60_000))), (Some(0), None)] {
-        assert_eq!(stopped(exit_code, finished_at), (State::Pending, Some(Reason::SandboxDied)), "{exit_code:?} {finished_at:?}");
+    assert_eq!(stopped(Some(0), earlier), (State::Succeeded, Some(Reason::Completed)));
+    assert_eq!(stopped(Some(3), earlier), (State::Pending, Some(Reason::Error)));
+    for (exit_code, finished_at) in [(Some(0), later), (Some(137), earlier), (Some(143), later), (None, earlier), (Some(0), None)] {
+        assert_eq!(stopped(exit_code, finished_at), (State::Pending, Some(Reason::RuntimeUnavailable)), "{exit_code:?} {finished_at:?}");
     }
-    // It is found again.
+    // Nobody came to stop it yet.
+    let house = untraceable(json!({}));
+    assert_eq!(ended(&house, Some(0), later), (State::Succeeded, Some(Reason::Completed)));
+    // What the runtime makes up is no exit code; what the workload said is.
+    for (finished_at, exit_code) in [(later, None), (earlier, Some(255))] {
+        let house = untraceable(json!({}));
+        lost(&house);
+        ended(&house, Some(255), finished_at);
+        assert_eq!(house.registry.status(&id()).expect("known").1.exit_code, exit_code);
+    }
+    // Its end, once decided, is not taken back: it may have been told to end.
     let house = untraceable(json!({}));
     house.registry.observe(&id(), "c", Observed::Running(None));
-    assert!(house.registry.begin_end(&house.ends.try_recv().expect("queued")).is_none(), "nothing is to be done any more");
-    let (state, status) = house.registry.status(&id()).expect("known");
-    assert_eq!((state, status.phase, house.registry.stopping().1), (State::Running, None, 0));
-    // Somebody wants its end for another reason.
+    assert_eq!(lost(&house), Chore::Stop);
+    // Somebody wants it for another reason.
     let house = untraceable(json!({}));
     house.stop();
-    let Observed::Ended(ending) = ending(Some(137), false) else { unreachable!("an end") };
-    house.registry.begin_end(&id()).expect("to be stopped").finish(Ok(EndStep::Ended(ending)));
-    assert_eq!(reason(&house), Some(Reason::Stopped));
+    lost(&house);
+    assert_eq!(ended(&house, Some(137), later), (State::Failed, Some(Reason::Stopped)));
+}
+
+#[test]
+fn what_ended_by_itself_before_its_sandbox_was_found_gone_tells_its_own_end() {
+    let ended = |reason, exit_code, ago_ms| {
+        let house = running(json!({}), false);
+        house.registry.ail(&id(), "c", reason, "because".into());
+        let ticket = house.registry.begin_end(&id()).expect("to be stopped");
+        let Observed::Ended(ending) = ending(Some(exit_code), false) else { unreachable!("an end") };
+        ticket.finish(Ok(EndStep::Ended(Ending { finished_at: Some(Timestamp::now().minus_ms(ago_ms)), ..ending })));
+        self::reason(&house)
+    };
+    assert_eq!(ended(Reason::SandboxDied, 7, 60_000), Some(Reason::Error));
+    assert_eq!(ended(Reason::SandboxDied, 0, 60_000), Some(Reason::Completed));
+    assert_eq!(ended(Reason::SandboxDied, 137, 60_000), Some(Reason::SandboxDied), "its processes died with it");
+    assert_eq!(ended(Reason::SandboxDied, 7, 0), Some(Reason::SandboxDied));
+    assert_eq!(ended(Reason::HealthCheckFailed, 0, 60_000), Some(Reason::HealthCheckFailed));
 }
 
 #[test]

@@ -38,6 +38,9 @@ impl Registry {
     pub fn begin_end(&self, id: &WorkloadId) -> Option<EndTicket<'_>> {
         let mut inner = self.lock();
         let (chore, entry) = self.begin(&mut inner, id, &[Chore::Clear, Chore::Stop, Chore::Retire, Chore::Remove])?;
+        if chore == Chore::Stop {
+            entry.asked_to_stop.get_or_insert_with(Timestamp::now);
+        }
         let made = entry.made.as_ref();
         Some(EndTicket {
             registry: self,

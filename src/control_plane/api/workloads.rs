@@ -145,8 +145,8 @@ impl Api {
                     match node.client.request(&Request::GetStatus { id: id.clone(), wait: None }, deadline) {
                         Ok(_) => true,
                         Err(Error::Refused(refusal)) if refusal.code == ErrorCode::NotFound => false,
-                        // There is no way to it, or it is another one.
-                        Err(Error::Connect(_) | Error::NoSuchNode | Error::Somebody(_)) => false,
+                        // There is no way to it, or it is another one. One that hangs may have it.
+                        Err(error @ (Error::Connect(_) | Error::NoSuchNode | Error::Somebody(_))) if !error.is_hang() => false,
                         // It has an answer, and that did not arrive or is in words of a later version.
                         Err(error) => return Err(unsure(name, &error)),
                     }

@@ -108,7 +108,7 @@ impl Wish {
         let (grace_ms, mut deadline_ms) = ([0, 100, 1500][dice.below(3)], [3000, 30_000, 120_000][dice.below(3)]);
         if fate == Fate::NoImage && on_lab {
             // No registry answers there, which may pass, so it is tried until the deadline. Nobody learns more by waiting longer.
-            deadline_ms = deadline_ms.min(30_000);
+            deadline_ms = deadline_ms.min(10_000);
         }
         let mut spec = json!({
             "id": id, "image": image, "runtime_class": class, "memory_mb": 64, "command": ["sh", "-c", command],
@@ -289,10 +289,8 @@ fn judge(fate: Fate, meddling: Meddling, has_run: bool, status: &Status) -> Resu
         // A workload that is asked to stop may end by itself just before.
         Some(Reason::Stopped) if meddling.is_stopped => Ok(()),
         Some(Reason::SandboxDied | Reason::Error) if meddling.is_harmed && is_killed() => Ok(()),
-        // It may have ended by itself just before its sandbox was found gone.
-        Some(Reason::SandboxDied) if meddling.is_harmed && matches!(fate, Fate::Exits(code) if exit == Some(code)) => Ok(()),
         // A containerd that was killed may have lost track of what runs, and then it is stopped.
-        Some(Reason::SandboxDied) if meddling.is_real && is_killed() && is_untraceable => Ok(()),
+        Some(Reason::RuntimeUnavailable) if meddling.is_real && is_killed() && is_untraceable => Ok(()),
         Some(Reason::Error) if meddling.is_real && fate != Fate::Forever && matches!(exit, None | Some(137 | 255)) => Ok(()),
         _ => Err("an end that nobody brought about"),
     }
@@ -380,20 +378,23 @@ mod tests {
         check(Fate::Forever, stopped, &[(Running, plain()), (Failed, killed)], None);
         let harmed = Meddling { is_harmed: true, ..none };
         let died = |exit| [(Running, plain()), (Failed, status(Some(Reason::SandboxDied), exit))];
-        check(Fate::Exits(7), harmed, &died(Some(7)), None);
+        check(Fate::Exits(7), harmed, &died(Some(7)), Some("an end that nobody"));
         check(Fate::Exits(7), harmed, &died(Some(137)), None);
-        check(Fate::Exits(7), harmed, &died(Some(8)), Some("an end that nobody"));
-        check(Fate::Exits(7), none, &died(Some(7)), Some("an end that nobody"));
-        check(Fate::Forever, harmed, &died(Some(7)), Some("an end that nobody"));
+        check(Fate::Exits(7), none, &died(Some(137)), Some("an end that nobody"));
         let real = Meddling { is_real: true, ..none };
         let lost = |exit| {
             let message = Some("the runtime has lost track of the container".to_owned());
-            [(Running, plain()), (Failed, Status { message, ..status(Some(Reason::SandboxDied), exit) })]
+            [(Running, plain()), (Failed, Status { message, ..status(Some(Reason::RuntimeUnavailable), exit) })]
         };
         check(Fate::Forever, real, &lost(Some(143)), None);
         check(Fate::Forever, none, &lost(Some(143)), Some("an end that nobody"));
         check(Fate::Exits(7), real, &lost(Some(7)), Some("an end that nobody"));
-        check(Fate::Forever, real, &died(Some(143)), Some("an end that nobody"));
+        check(
+            Fate::Forever,
+            real,
+            &[(Running, plain()), (Failed, status(Some(Reason::RuntimeUnavailable), Some(143)))],
+            Some("an end that"),
+        );
         let unavailable = status(Some(Reason::RuntimeUnavailable), None);
         check(Fate::Forever, none, &[(Pending, plain()), (Failed, unavailable.clone())], None);
         check(Fate::Forever, none, &[(Running, plain()), (Failed, unavailable)], Some("an end that nobody"));

@@ -6,7 +6,7 @@ use std::thread;
 use std::time::Duration;
 
 use kakuri::cri::client::Client;
-use kakuri::cri::proto::{Container, ContainerState};
+use kakuri::cri::proto::{Container, ContainerState, ContainerStatus};
 use kakuri::cri::runtime::{LABEL_UID, LABEL_WORKLOAD};
 use kakuri::deadline::Deadline;
 
@@ -21,7 +21,7 @@ pub struct Seen {
     pub ran: BTreeMap<String, BTreeMap<String, BTreeSet<String>>>,
     /// From when until when, at least, a container of a workload ran: what runs in two lists ran all the time between them.
     spans: BTreeMap<String, BTreeMap<String, (u64, u64)>>,
-    /// Containers that had ended when they were seen first, and whether they ever ran.
+    /// Containers that ended, and whether they ever ran.
     judged: BTreeMap<String, bool>,
     pub looks: usize,
     /// Starts in the log of calls.
@@ -53,8 +53,7 @@ impl Seen {
         }
     }
 
-    /// Whether a container of the list runs, or ran. A containerd that is killed between making one and writing that down has it in
-    /// the list as unknown afterwards, and as exited once its sandbox was stopped; that it was never started its status tells.
+    /// Whether a container of the list runs, or ran. What ended is asked how, once.
     fn has_run(&mut self, container: &Container, client: &Client) -> bool {
         if !matches!(container.state(), ContainerState::ContainerExited | ContainerState::ContainerUnknown) {
             return container.state() == ContainerState::ContainerRunning;
@@ -64,12 +63,10 @@ impl Seen {
         }
         // One that was removed since, or whose runtime is gone, has shown nothing; it may in the next list.
         let Ok(status) = client.container_status(&container.id, Deadline::within_ms(2000, "witness")) else { return false };
-        // One that ended while its containerd was away may lack the moment of its start, and has an exit code that is its own.
-        let is_of_its_own =
-            status.state() == ContainerState::ContainerExited && !["Unknown", "StartError"].contains(&status.reason.as_str());
-        let has_run = status.started_at > 0 || is_of_its_own;
-        self.judged.insert(container.id.clone(), has_run);
-        has_run
+        if status.state() == ContainerState::ContainerExited {
+            self.judged.insert(container.id.clone(), ever_ran(&status));
+        }
+        ever_ran(&status)
     }
 
     /// Notes a list that was made at some moment between these two.
@@ -130,6 +127,14 @@ impl Seen {
             }
         }
     }
+}
+
+/// Whether a container that ended, or is unknown, ever ran. A containerd that is killed between making one and writing that down has
+/// it as unknown afterwards, and as exited with a code of its own making once its sandbox was stopped. One that ended while its
+/// containerd was away may lack the moment of its start, and has an exit code that is its own.
+fn ever_ran(status: &ContainerStatus) -> bool {
+    let is_made_up = status.exit_code == 255 || ["Unknown", "StartError"].contains(&status.reason.as_str());
+    status.started_at > 0 || (status.state() == ContainerState::ContainerExited && !is_made_up)
 }
 
 /// What all runtimes ran against what was asked for.
@@ -211,6 +216,24 @@ mod tests {
         check(&[&[&[again("c", "u", Runs), again("d", "u", Runs)]]], Some("runs twice"));
         check(&[&[&[again("c", "u", Over), again("d", "u", Over), again("e", "u", Runs)]]], Some("one acceptance may run 2 times"));
         check(&[&[&[container("c", "h9-9", "u", Runs)]]], Some("asked for by nobody"));
+    }
+
+    #[test]
+    fn what_was_never_started_did_not_run() {
+        let check = |state: ContainerState, started_at, exit_code, reason: &str, expect| {
+            let status = ContainerStatus { state: state.into(), started_at, exit_code, reason: reason.into(), ..Default::default() };
+            assert_eq!(ever_ran(&status), expect, "{status:?}");
+        };
+        use ContainerState::{ContainerExited as Over, ContainerUnknown as Unknown};
+        check(Over, 1, 255, "Error", true);
+        check(Over, 1, 255, "Unknown", true);
+        check(Over, 0, 7, "Error", true);
+        check(Over, 0, 0, "Completed", true);
+        check(Over, 0, 255, "Error", false);
+        check(Over, 0, 128, "StartError", false);
+        check(Over, 0, 255, "Unknown", false);
+        check(Unknown, 0, 0, "", false);
+        check(Unknown, 1, 0, "", true);
     }
 
     #[test]
