@@ -187,6 +187,8 @@ pub const JOURNAL_PAUSE_MS_MAX: u64 = 5000;
 pub const JOURNAL_MS_MAX: u64 = 10_000;
 /// How long a container whose start was asked for by an agent that is no more may stay created, before it is known that it never will run.
 pub const LAUNCH_DOUBT_MS: u64 = 5000;
+/// How long a runtime has to list an image no more, before it is forgotten for whom it was. 24 h.
+pub const IMAGE_MISSING_MS_MAX: u64 = 86_400_000;
 /// Pause after the first failure of a chore at the runtime (a stop, a removal); doubled with each in a row.
 pub const CHORE_RETRY_MS_MIN: u64 = 250;
 /// The longest of them: a runtime that restarts is back in a second or two.

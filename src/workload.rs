@@ -281,10 +281,12 @@ impl ImageRef {
             None => (rest, None),
         };
         let (registry, path) = match name.split_once('/') {
-            Some((host, path)) if host == "localhost" || host.contains(['.', ':']) => (host, path.to_owned()),
-            Some(_) => (DEFAULT_REGISTRY, name.to_owned()),
-            None => (DEFAULT_REGISTRY, format!("library/{name}")),
+            Some((host, path)) if host == "localhost" || host.contains(['.', ':']) => (host, path),
+            Some(_) | None => (DEFAULT_REGISTRY, name),
         };
+        // As runtimes list it.
+        let registry = if registry == "index.docker.io" { DEFAULT_REGISTRY } else { registry };
+        let path = if registry == DEFAULT_REGISTRY && !path.contains('/') { format!("library/{path}") } else { path.to_owned() };
         check_registry(registry)?;
         if !path.split('/').all(is_path_component) {
             return Err(Unfit("image repository must be lower-case words of a-z, 0-9, '.', '_', '-' between slashes".into()));
@@ -662,6 +664,9 @@ mod tests {
         let check = |given: &str, full: &str| assert_eq!(ImageRef::new(given).map(|i| i.0), Ok(full.to_owned()));
         check("busybox", "docker.io/library/busybox:latest");
         check("busybox:1.35", "docker.io/library/busybox:1.35");
+        check("docker.io/busybox:1.35", "docker.io/library/busybox:1.35");
+        check("index.docker.io/library/busybox:1.35", "docker.io/library/busybox:1.35");
+        check("index.docker.io/me/busybox", "docker.io/me/busybox:latest");
         check("user/app", "docker.io/user/app:latest");
         check("ghcr.io/example/secure-app:1.0", "ghcr.io/example/secure-app:1.0");
         check("localhost/busybox:1.35", "localhost/busybox:1.35");

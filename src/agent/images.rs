@@ -34,10 +34,11 @@ use crate::cri::proto::AuthConfig;
 use crate::cri::runtime::{StartError, failure};
 use crate::deadline::{Deadline, Stopwatch, Timestamp, doubled_ms};
 use crate::limits;
+use crate::report::{Chain, clip};
 use crate::workload::{ImageRef, Name, PullPolicy, Reason, Spec, WorkloadId};
 
 use credentials::Shown;
-use ledger::{IntentKey, Ledger, Moment, Source};
+use ledger::{IntentKey, Ledger, Moment, Refusal, Source};
 
 /// What this node knows and does about its images.
 pub struct Images {
@@ -397,7 +398,7 @@ impl Images {
 
 /// A runtime's socket, by which the ledger knows it: its place among the endpoints may change with the configuration.
 fn socket(agent: &Agent, endpoint: usize) -> String {
-    agent.endpoint(endpoint).client.endpoint().display().to_string()
+    agent.endpoint(endpoint).socket.clone()
 }
 
 /// Does pulls until the agent stops.
@@ -424,7 +425,14 @@ fn pull<'a>(agent: &'a Agent, key: &Key, errand: &Errand) -> Outcome<'a> {
     };
     let opened = match look_around(agent, key.endpoint) {
         Ok(opened) => opened,
-        Err(error) => return ended(Trouble::of(&error)),
+        // No registry was asked yet.
+        Err(error) => {
+            return ended(Trouble {
+                kind: Kind::Runtime,
+                remains: Remains::Nothing,
+                message: clip(Chain(&error).to_string(), limits::MESSAGE_BYTES_MAX),
+            });
+        }
     };
     // What everybody may have needs no guard.
     let has_intent = source != Source::Anonymous;
@@ -475,14 +483,19 @@ fn intend<'a>(images: &Images, intent: &IntentKey, opened: Moment) -> Result<(),
         result = ledger.open(intent, opened);
         result == Ok(true)
     });
+    let unwritten = |why: String| {
+        let message = format!("a pull with credentials has to be written down before, and cannot be: {why}");
+        ended(Trouble { kind: Kind::Disk, remains: Remains::Nothing, message })
+    };
     if result.is_err() {
-        let why = format!("the agent remembers {} images and pulls already, the most it can, and may forget none", limits::IMAGES_MAX);
-        return Err(refused(Reason::ImagePullFailed, why));
+        return Err(unwritten(format!(
+            "the agent remembers {} images and pulls already, the most it can, and may forget none",
+            limits::IMAGES_MAX
+        )));
     }
     images.save().map_err(|why| {
         images.change(|ledger| ledger.close(intent, Remains::Nothing));
-        let message = format!("a pull with credentials has to be written down before, and cannot be: {why}");
-        ended(Trouble { kind: Kind::Disk, remains: Remains::Nothing, message })
+        unwritten(why)
     })
 }
 
@@ -493,7 +506,7 @@ fn bring<'a>(
     errand: &Errand,
     auth: Option<AuthConfig>,
     scrub: images::Scrub<'_>,
-    note: impl Fn(&Found) -> Remains,
+    note: impl Fn(&Found) -> Result<Remains, Outcome<'a>>,
 ) -> (Outcome<'a>, Remains) {
     let (images, client) = (&agent.images, &agent.endpoint(key.endpoint).client);
     let failed = |trouble: Trouble| {
@@ -509,8 +522,11 @@ fn bring<'a>(
     loop {
         match images.hold(key.endpoint, &key.image, found.image.clone(), Some(seen)) {
             Ok(held) => {
-                let remains = note(&found);
-                return (Outcome::Done(held), remains);
+                return match note(&found) {
+                    Ok(remains) => (Outcome::Done(held), remains),
+                    // It was there before.
+                    Err(outcome) => (outcome, Remains::Nothing),
+                };
             }
             // The removal may have come before it, or after it.
             Err(Lost::Removing) => images.wait_for_removal(key.endpoint, &found.image.id),
@@ -526,14 +542,24 @@ fn bring<'a>(
 
 impl Images {
     /// Notes what a pull brought; what it left that could not be noted.
-    fn note(&self, intent: &IntentKey, found: &Found, opened: Moment) -> Remains {
+    ///
+    /// # Errors
+    /// It may not be used.
+    fn note<'a>(&self, intent: &IntentKey, found: &Found, opened: Moment) -> Result<Remains, Outcome<'a>> {
         let mut inner = self.lock();
         let noted = inner.ledger.pulled(intent, found, opened, Timestamp::now());
         inner.change += u64::from(noted == Ok(true));
         inner.is_due = true;
         drop(inner);
         self.changed.notify_all();
-        if noted.is_ok() { Remains::Nothing } else { Remains::Perhaps }
+        match noted {
+            Ok(_) => Ok(Remains::Nothing),
+            Err(Refusal::Full) => Ok(Remains::Perhaps),
+            Err(Refusal::Private) => Err(refused(
+                Reason::ImageUnauthorized,
+                format!("{} is what another registry gives to some alone, and the node has it from there", intent.name),
+            )),
+        }
     }
 }
 

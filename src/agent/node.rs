@@ -33,6 +33,8 @@ pub struct Node {
 pub struct Endpoint {
     /// Its client.
     pub client: Client,
+    /// Its socket, however the configuration spells it.
+    pub socket: String,
     health: Mutex<Health>,
     /// Sandboxes that carry our labels and that this agent cannot read; not touched.
     unreadable: Mutex<BTreeSet<String>>,
@@ -57,9 +59,17 @@ pub struct Health {
     pub has_events: bool,
 }
 
+/// A path without the links on the way to its last part, as far as that is there: a socket by the one name that does not change with
+/// how it is spelled.
+pub fn real(path: &Path) -> PathBuf {
+    let known = |ancestor: &Path| Some((fs::canonicalize(ancestor).ok()?, path.strip_prefix(ancestor).ok()?.to_owned()));
+    path.ancestors().skip(1).find_map(known).map_or_else(|| path.to_owned(), |(real, rest)| real.join(rest))
+}
+
 impl Endpoint {
     fn new(path: PathBuf) -> Arc<Self> {
-        Arc::new(Self { client: Client::new(path), health: Mutex::default(), unreadable: Mutex::default() })
+        let socket = real(&path).display().to_string();
+        Arc::new(Self { client: Client::new(path), socket, health: Mutex::default(), unreadable: Mutex::default() })
     }
 
     /// What it last said.
@@ -289,5 +299,24 @@ impl Stoppers {
         for stream in std::mem::take(&mut inner.1).into_values() {
             stream.shutdown(std::net::Shutdown::Both);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_socket_has_one_name_however_it_is_spelled() {
+        let dir = std::env::temp_dir().join(format!("kakuri-node-{}-{}", std::process::id(), crate::report::random_id()));
+        let here = fs::canonicalize(std::env::temp_dir()).expect("there").join(dir.file_name().expect("a name"));
+        fs::create_dir_all(dir.join("run")).expect("made");
+        std::os::unix::fs::symlink("run", dir.join("var-run")).expect("linked");
+        // Not there yet, as a runtime's that is started later.
+        for path in ["run/cri.sock", "var-run/cri.sock", "run/../var-run/./cri.sock"] {
+            assert_eq!(real(&dir.join(path)), here.join("run/cri.sock"), "{path}");
+        }
+        assert_eq!(real(&dir.join("var-run/later/cri.sock")), here.join("run/later/cri.sock"));
+        fs::remove_dir_all(&dir).expect("removed");
     }
 }

@@ -451,11 +451,12 @@ fn ours(dir: &Path, mark: &str) -> io::Result<Option<Files>> {
     Ok(Files::open(dir)?.filter(|files| files.has(mark)))
 }
 
-/// The sizes of files. Of those that were rotated and are known, none is asked for again, but for the newest.
+/// The sizes of files. Of those that were rotated and are known, none is asked for again, but for the newest. What is live, or was when
+/// its attempt ended, may have grown since.
 fn sizes(files: &Files, names: &[Name], known: &BTreeMap<Name, u64>) -> io::Result<BTreeMap<Name, u64>> {
     let mut sizes = BTreeMap::new();
     for (i, name) in names.iter().enumerate() {
-        let known = known.get(name).filter(|_| i + 2 < names.len());
+        let known = known.get(name).filter(|_| !name.is_live() && i + 2 < names.len());
         let bytes = match known {
             Some(bytes) => *bytes,
             None => files.facts(*name)?.map_or(0, |facts| facts.bytes),
@@ -597,6 +598,17 @@ mod tests {
         check(&[("0.log.4", 9), ("0.log.5", 9)], 1, 0, "0.log.5=9");
         check(&[("0.log", 9)], 1, 0, "0.log=9");
         check(&[], 1, 0, "");
+    }
+
+    #[test]
+    fn what_an_earlier_attempt_wrote_last_is_measured() {
+        let dir = dir("grown", &[("0.log.1", 1), ("0.log", 1), ("1.log", 1), ("2.log", 1)]);
+        let opened = ours(&dir.0, MARK).expect("opened").expect("there");
+        let names = opened.names().expect("listed");
+        let known = sizes(&opened, &names, &BTreeMap::new()).expect("measured");
+        fill(&dir.0, &[("0.log", 90), ("2.log", 7)]);
+        let sizes = sizes(&opened, &names, &known).expect("measured");
+        assert_eq!(sizes.values().copied().collect::<Vec<_>>(), [1, 90, 1, 7]);
     }
 
     #[test]

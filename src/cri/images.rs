@@ -238,11 +238,6 @@ impl Kind {
 }
 
 impl Trouble {
-    /// What a failed call tells that quotes no secrets.
-    pub fn of(error: &grpc::Error) -> Self {
-        Self::new(error, &|text| text)
-    }
-
     fn new(error: &grpc::Error, scrub: Scrub<'_>) -> Self {
         let kind = match &error.kind {
             ErrorKind::Broken(_) | ErrorKind::Connect(_) | ErrorKind::Expired(_) => Kind::Runtime,
@@ -356,7 +351,7 @@ mod tests {
         let check = |code, words: &str, kind| {
             let message = format!("failed to pull and unpack image \"r.test/a:1\": failed to resolve reference \"r.test/a:1\": {words}");
             let error = grpc::Error { method: "PullImage", kind: ErrorKind::Status(Status { code, message }) };
-            let trouble = Trouble::of(&error);
+            let trouble = Trouble::new(&error, &|text| text);
             assert_eq!(trouble.kind, kind, "{code:?} {words}");
             assert!(trouble.message.contains(words), "{trouble:?}");
         };
@@ -401,7 +396,7 @@ mod tests {
 
     #[test]
     fn what_is_not_a_status_is_the_runtimes_trouble_or_its_bug() {
-        let of = |kind| Trouble::of(&grpc::Error { method: "PullImage", kind });
+        let of = |kind| Trouble::new(&grpc::Error { method: "PullImage", kind }, &|text| text);
         assert_eq!((of(ErrorKind::Broken(None)).kind, of(ErrorKind::Broken(None)).remains), (Kind::Runtime, Remains::Yet));
         assert_eq!((of(ErrorKind::Protocol("x")).kind, of(ErrorKind::Protocol("x")).remains), (Kind::Other, Remains::Yet));
         let answer = |code| of(ErrorKind::Status(Status { code, message: "boom".into() })).remains;

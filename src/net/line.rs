@@ -87,11 +87,12 @@ impl LineReader {
     /// Whether the other side closed or spoke while we were writing to it: what follows a long answer may tell.
     pub fn is_closed(&mut self, stream: &mut Stream) -> bool {
         let mut probe = [0; 512];
-        if self.buffer.len().saturating_sub(self.begin) >= self.bytes_max {
+        let room = self.bytes_max.saturating_sub(self.buffer.len().saturating_sub(self.begin)).min(probe.len());
+        if room == 0 {
             // A client that sends more than a line while it is being answered is not waited for.
             return true;
         }
-        match stream.read_ready(&mut probe) {
+        match stream.read_ready(probe.get_mut(..room).unwrap_or_default()) {
             Ok(None) => false,
             Ok(Some(0)) | Err(_) => true,
             Ok(Some(n)) => {

@@ -64,27 +64,41 @@ struct Verdict {
     why: String,
 }
 
-/// Which images go, and why the others stay; in the order of the candidates, of which the first go first.
-fn plan(candidates: &[Candidate], space: Option<Space>, gc: &ImageGc, now: Timestamp) -> Vec<Verdict> {
-    let mut to_free = space.map_or(0, |space| space.to_free(gc));
-    let is_full = to_free > 0;
-    let judge = |candidate: &Candidate| {
+/// Judges images one after the other, those first that go first.
+struct Judge<'a> {
+    gc: &'a ImageGc,
+    space: Option<Space>,
+    /// Bytes that are to go yet.
+    to_free: u64,
+    now: Timestamp,
+}
+
+impl<'a> Judge<'a> {
+    fn new(gc: &'a ImageGc, space: Option<Space>, now: Timestamp) -> Self {
+        Self { gc, space, to_free: space.map_or(0, |space| space.to_free(gc)), now }
+    }
+
+    /// Whether an image goes, and why or why not.
+    fn judge(&self, candidate: &Candidate) -> Verdict {
         let keep = |why: String| Verdict { removes: false, why };
-        if let Some(why) = stays(candidate, gc, now) {
+        if let Some(why) = stays(candidate, self.gc, self.now) {
             return keep(why);
         }
-        let Some(space) = space else { return keep("nobody knows how much room there is".into()) };
+        let Some(space) = self.space else { return keep("nobody knows how much room there is".into()) };
         let percent = space.used_percent();
-        if !is_full {
-            return keep(format!("{percent} % are taken, images go from {} % on", gc.high_percent));
+        if space.to_free(self.gc) == 0 {
+            return keep(format!("{percent} % are taken, images go from {} % on", self.gc.high_percent));
         }
-        if to_free == 0 {
-            return keep(format!("enough goes without it to come down to {} %", gc.low_percent));
+        if self.to_free == 0 {
+            return keep(format!("enough goes without it to come down to {} %", self.gc.low_percent));
         }
-        to_free = to_free.saturating_sub(candidate.bytes);
         Verdict { removes: true, why: format!("nobody uses it, and {percent} % are taken") }
-    };
-    candidates.iter().map(judge).collect()
+    }
+
+    /// One went. What was to go and did not makes no room.
+    fn gone(&mut self, bytes: u64) {
+        self.to_free = self.to_free.saturating_sub(bytes);
+    }
 }
 
 /// Why an image stays, whatever room there is.
@@ -240,8 +254,9 @@ fn collect_from(agent: &Agent, endpoint: usize, reply: &mut Reply) {
     };
     let asked = survey.asked;
     let candidates = candidates(agent, endpoint, survey);
-    let verdicts = plan(&candidates, space, gc, Timestamp::now());
-    for (candidate, mut verdict) in candidates.into_iter().zip(verdicts) {
+    let mut judge = Judge::new(gc, space, Timestamp::now());
+    for candidate in candidates {
+        let mut verdict = judge.judge(&candidate);
         if verdict.removes && !reply.dry_run {
             if let Err(kept) = remove(agent, endpoint, &candidate, asked) {
                 let why = match kept {
@@ -254,6 +269,9 @@ fn collect_from(agent: &Agent, endpoint: usize, reply: &mut Reply) {
                 };
                 verdict = Verdict { removes: false, why };
             }
+        }
+        if verdict.removes {
+            judge.gone(candidate.bytes);
         }
         reply.images.push(shown(agent, endpoint, candidate, verdict));
     }
@@ -392,6 +410,19 @@ mod tests {
         Candidate { id: format!("sha256:{name}"), names, bytes: 40, is_pinned: false, is_used: false, pulled: Some(pulled) }
     }
 
+    /// What becomes of each, should all go that are to.
+    fn plan(candidates: &[Candidate], space: Option<Space>, gc: &ImageGc, now: Timestamp) -> Vec<Verdict> {
+        let mut judge = Judge::new(gc, space, now);
+        let mut next = |candidate: &Candidate| {
+            let verdict = judge.judge(candidate);
+            if verdict.removes {
+                judge.gone(candidate.bytes);
+            }
+            verdict
+        };
+        candidates.iter().map(&mut next).collect()
+    }
+
     /// Which go, as ids.
     fn go(candidates: &[Candidate], space: Option<Space>, gc: &ImageGc, now: u64) -> Vec<String> {
         let verdicts = plan(candidates, space, gc, at(now));
@@ -434,6 +465,24 @@ mod tests {
         assert_eq!(verdicts[3].why, "enough goes without it to come down to 80 %");
         assert_eq!(why(ours("a", 0), Some(Space { available: 500, ..FULL })), "50 % are taken, images go from 85 % on");
         assert_eq!(why(ours("a", 0), None), "nobody knows how much room there is");
+    }
+
+    #[test]
+    fn what_cannot_be_removed_makes_no_room() {
+        // 100 to go, 40 each, and the first does not.
+        let five: Vec<Candidate> = (0..5).map(|n| ours(&n.to_string(), n)).collect();
+        let mut judge = Judge::new(&GC, Some(FULL), at(1000));
+        let went: Vec<bool> = five
+            .iter()
+            .map(|candidate| {
+                let goes = judge.judge(candidate).removes;
+                if goes && candidate.id != "sha256:0" {
+                    judge.gone(candidate.bytes);
+                }
+                goes
+            })
+            .collect();
+        assert_eq!(went, [true, true, true, true, false]);
     }
 
     #[test]

@@ -17,8 +17,9 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use crate::agent::node;
 use crate::cri::images::{Found, Remains};
-use crate::deadline::{Stopwatch, Timestamp};
+use crate::deadline::{Stopwatch, Timestamp, uptime_ms};
 use crate::failpoint;
 use crate::limits;
 use crate::wire::images as wire;
@@ -72,6 +73,8 @@ pub(super) struct Pulled {
     known_at: Timestamp,
     /// When something last came of it here.
     touched: Moment,
+    /// Since when its runtime does not list it, by [`uptime_ms`].
+    missing_since: Option<u64>,
 }
 
 impl Pulled {
@@ -86,7 +89,7 @@ impl Pulled {
     pub(super) fn sample(name: &str, pulled_at: Timestamp, last_used_at: Timestamp) -> Self {
         let (names, sources) = (BTreeSet::from([name.to_owned()]), BTreeSet::from([Source::Anonymous]));
         let (written_at, known_at, touched) = (last_used_at, pulled_at, Moment(0));
-        Self { names, sources, is_ours: true, pulled_at, last_used_at, written_at, known_at, touched }
+        Self { names, sources, is_ours: true, pulled_at, last_used_at, written_at, known_at, touched, missing_since: None }
     }
 }
 
@@ -143,9 +146,15 @@ impl Doubt {
     }
 }
 
-/// There is no room for what must not be forgotten.
+/// Why an image that was pulled may not be used.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Full;
+pub(super) enum Refusal {
+    /// There is no room for what must not be forgotten.
+    Full,
+    /// It came from another registry, which does not give it to everybody. A runtime fetches nothing it has already, so whoever knows
+    /// its digest can claim to have it, too.
+    Private,
+}
 
 /// All of them, by runtime and id.
 #[derive(Debug)]
@@ -199,14 +208,14 @@ impl Ledger {
     /// Notes that a pull is to begin, of a runtime that has told before `opened` what it has; whether that is news.
     ///
     /// # Errors
-    /// [`Full`]: then it must not begin.
-    pub(super) fn open(&mut self, key: &IntentKey, opened: Moment) -> Result<bool, Full> {
+    /// [`Refusal::Full`]: then it must not begin.
+    pub(super) fn open(&mut self, key: &IntentKey, opened: Moment) -> Result<bool, Refusal> {
         if let Some(intent) = self.intents.get_mut(key) {
             intent.doing += 1;
             return Ok(false);
         }
         if !self.make_room() {
-            return Err(Full);
+            return Err(Refusal::Full);
         }
         self.intents.insert(key.clone(), Intent { repository: repository(&key.name), opened: Some(opened), doing: 1, doubt: None });
         Ok(true)
@@ -235,11 +244,18 @@ impl Ledger {
 
     /// Notes what a pull brought, of a runtime that has told before `opened` what it has; whether there is something to write. The
     /// intent of a pull with credentials is closed after this.
-    pub(super) fn pulled(&mut self, key: &IntentKey, found: &Found, opened: Moment, now: Timestamp) -> Result<bool, Full> {
+    ///
+    /// # Errors
+    /// [`Refusal`].
+    pub(super) fn pulled(&mut self, key: &IntentKey, found: &Found, opened: Moment, now: Timestamp) -> Result<bool, Refusal> {
         let IntentKey { socket, name, source } = key;
         let id = (socket.clone(), found.image.id.clone());
         let touched = self.now;
         if let Some(pulled) = self.images.get_mut(&id) {
+            let is_known = pulled.sources.contains(&Source::Anonymous) || pulled.sources.contains(source);
+            if !is_known && !is_of_registry(name, &pulled.names) {
+                return Err(Refusal::Private);
+            }
             (pulled.last_used_at, pulled.touched) = (now, touched);
             // One that gets no more names has a name that is not ours, and stays; one that gets no more sources is pulled again.
             let is_new_source = pulled.sources.len() < limits::IMAGE_NAMES_MAX && pulled.sources.insert(source.clone());
@@ -248,6 +264,7 @@ impl Ledger {
         }
         let was_there = self.strangers.get(&id).is_some_and(|first| *first < opened);
         let is_ours = match self.origin(socket, &found.image.id, found.names.iter().chain([name])) {
+            Some(origin) if !is_of_registry(name, &origin.names) => return Err(Refusal::Private),
             Some(origin) => origin.is_ours || !was_there,
             None if was_there => return Ok(false),
             None => true,
@@ -256,7 +273,7 @@ impl Ledger {
         let has_intent = self.intents.get(key).is_some_and(|intent| intent.doing == 1 && intent.doubt.is_none());
         if !has_intent && !self.make_room() {
             // Everybody may have it from the registry, and what is not in here is not collected.
-            return if *source == Source::Anonymous { Ok(false) } else { Err(Full) };
+            return if *source == Source::Anonymous { Ok(false) } else { Err(Refusal::Full) };
         }
         self.insert(id, BTreeSet::from([name.clone()]), BTreeSet::from([source.clone()]), is_ours, now);
         Ok(true)
@@ -265,7 +282,8 @@ impl Ledger {
     fn insert(&mut self, id: (String, String), names: BTreeSet<String>, sources: BTreeSet<Source>, is_ours: bool, now: Timestamp) {
         self.strangers.remove(&id);
         let touched = self.now;
-        let pulled = Pulled { names, sources, is_ours, pulled_at: now, last_used_at: now, written_at: now, known_at: now, touched };
+        let (pulled_at, last_used_at, written_at, known_at) = (now, now, now, now);
+        let pulled = Pulled { names, sources, is_ours, pulled_at, last_used_at, written_at, known_at, touched, missing_since: None };
         self.images.insert(id, pulled);
     }
 
@@ -373,10 +391,18 @@ impl Ledger {
     }
 
     /// Forgets what a runtime does not have any more; whether there was any. What was pulled after its list was asked for is not
-    /// missing.
+    /// missing. What some may not use has to be missing for long: a runtime that does not list it now may have it still, and forgotten
+    /// it would be for everybody.
     pub(super) fn prune(&mut self, socket: &str, listed: &BTreeSet<&str>, asked: Moment) -> bool {
-        let before = self.images.len();
-        self.images.retain(|(of, id), pulled| of != socket || listed.contains(id.as_str()) || pulled.touched >= asked);
+        let (before, uptime_ms) = (self.images.len(), uptime_ms());
+        self.images.retain(|(of, id), pulled| {
+            if of != socket || listed.contains(id.as_str()) || pulled.touched >= asked {
+                pulled.missing_since = pulled.missing_since.filter(|_| of != socket);
+                return true;
+            }
+            let missing_ms = uptime_ms.saturating_sub(*pulled.missing_since.get_or_insert(uptime_ms));
+            !pulled.sources.contains(&Source::Anonymous) && missing_ms < limits::IMAGE_MISSING_MS_MAX
+        });
         let is_less = before != self.images.len();
         if is_less {
             self.forgot = self.now;
@@ -407,6 +433,12 @@ fn repository(name: &str) -> String {
         name.rsplit_once(':').filter(|(_, tag)| !tag.contains('/')).map_or(name, |(repository, _)| repository).to_owned()
     };
     ImageRef::new(name).map_or_else(|_| cut(), |name| name.repository().to_owned())
+}
+
+/// Whether a name is of a registry that one of these is of.
+fn is_of_registry(name: &str, others: &BTreeSet<String>) -> bool {
+    let registry = |name: &str| name.split('/').next().unwrap_or_default().to_owned();
+    others.iter().any(|other| registry(other) == registry(name))
 }
 
 /// What the file is to hold.
@@ -446,6 +478,8 @@ fn load(path: &Path) -> io::Result<Loaded> {
         return Err(damaged("too large"));
     }
     let ledger = wire::Ledger::parse(&bytes).map_err(|error| damaged(&error.to_string()))?;
+    // A version before this one wrote what the configuration said.
+    let spelled = |socket: &str| node::real(Path::new(socket)).display().to_string();
     let mut images = BTreeMap::new();
     let known_at = Timestamp::now();
     for wire::Pulled { endpoint, id, names, credentials, ours, pulled_at, last_used_at } in ledger.images {
@@ -457,13 +491,15 @@ fn load(path: &Path) -> io::Result<Loaded> {
             return Err(damaged("an image without a name"));
         }
         let (written_at, touched) = (last_used_at, Moment(0));
-        let pulled = Pulled { names, sources, is_ours: ours, pulled_at, last_used_at, written_at, known_at, touched };
-        if images.insert((endpoint, id), pulled).is_some() {
+        let (is_ours, missing_since) = (ours, None);
+        let pulled = Pulled { names, sources, is_ours, pulled_at, last_used_at, written_at, known_at, touched, missing_since };
+        if images.insert((spelled(&endpoint), id), pulled).is_some() {
             return Err(damaged("an image is there twice"));
         }
     }
     let mut intents = BTreeMap::new();
-    for wire::Intent { endpoint: socket, name, credentials } in ledger.intents {
+    for wire::Intent { endpoint, name, credentials } in ledger.intents {
+        let socket = spelled(&endpoint);
         let source = Source::parse(&credentials).ok_or_else(|| damaged("credentials nobody knows"))?;
         let intent = Intent { repository: repository(&name), opened: None, doing: 0, doubt: Some(Doubt::unanswered(Moment(0))) };
         intents.insert(IntentKey { socket, name, source }, intent);
@@ -597,6 +633,32 @@ mod tests {
     }
 
     #[test]
+    fn no_registry_gives_out_what_came_from_another() {
+        let mut ledger = ledger(&temporary());
+        let evil = key(&format!("evil.test/x@sha256:{}", "0".repeat(64)), Source::Anonymous);
+        let claim = |ledger: &mut Ledger, key: &IntentKey| {
+            let opened = look(ledger, &["sha256:1"]);
+            ledger.pulled(key, &found("sha256:1", &["r.test/a:1", &key.name]), opened, at(2))
+        };
+        pull(&mut ledger, &[], "sha256:1", &key("r.test/a:1", team()), at(1));
+        assert_eq!(claim(&mut ledger, &evil), Err(Refusal::Private));
+        assert_eq!(claim(&mut ledger, &key("evil.test/x:1", Source::Node)), Err(Refusal::Private));
+        assert!(!may_use(&ledger, "sha256:1", "r.test/a:1", None) && !may_use(&ledger, "sha256:1", &evil.name, None));
+        // Who may use it may call it what they like; its own registry may give it to whom it likes.
+        assert_eq!(claim(&mut ledger, &key("copy.test/a:1", team())), Ok(true));
+        assert_eq!(claim(&mut ledger, &key("r.test/public/a:1", Source::Anonymous)), Ok(true));
+        assert_eq!(claim(&mut ledger, &evil), Ok(true), "it is for everybody now");
+        // Nor what a pull may have brought whose end nobody knows.
+        let mut ledger = self::ledger(&temporary());
+        let private = key("r.test/a:1", team());
+        let opened = look(&mut ledger, &[]);
+        ledger.open(&private, opened).expect("room");
+        ledger.close(&private, Remains::Yet);
+        assert_eq!(claim(&mut ledger, &evil), Err(Refusal::Private));
+        assert!(!may_use(&ledger, "sha256:1", "r.test/a:1", None));
+    }
+
+    #[test]
     fn what_a_lost_pull_brought_is_for_nobody_until_a_registry_gives_it_out() {
         for remains in [Remains::Perhaps, Remains::Yet] {
             let mut ledger = ledger(&temporary());
@@ -688,7 +750,7 @@ mod tests {
         assert!(pull(&mut ledger, &[], "sha256:more0", &more(0), at(0)));
         assert!(may_use(&ledger, "sha256:more0", "r.test/more0:1", Some("team")));
         let opened = look(&mut ledger, &[]);
-        assert_eq!(ledger.open(&more(1), opened), Err(Full));
+        assert_eq!(ledger.open(&more(1), opened), Err(Refusal::Full));
         assert!(!pull(&mut ledger, &[], "sha256:open", &key("r.test/open:1", Source::Anonymous), at(0)), "it is not remembered");
         assert_eq!(ledger.images.len(), limits::IMAGES_MAX);
         assert!(!may_use(&ledger, "sha256:7", "r.test/i7:1", None));
@@ -747,6 +809,21 @@ mod tests {
         assert!(!ledger.prune(SOCKET, &BTreeSet::new(), asked), "it came after the list was asked for");
         let asked = ledger.ask();
         assert!(ledger.prune(SOCKET, &BTreeSet::new(), asked) && ledger.get(SOCKET, "sha256:1").is_none());
+
+        // A list may lack what is there; what some may not use is not forgotten for that.
+        pull(&mut ledger, &[], "sha256:2", &key("r.test/b:1", team()), at(0));
+        for is_listed in [false, true, false, false] {
+            let asked = ledger.ask();
+            let listed = if is_listed { BTreeSet::from(["sha256:2"]) } else { BTreeSet::new() };
+            assert!(!ledger.prune(SOCKET, &listed, asked));
+            assert_eq!(ledger.get(SOCKET, "sha256:2").map(|pulled| pulled.missing_since.is_some()), Some(!is_listed));
+        }
+        assert!(!may_use(&ledger, "sha256:2", "r.test/b:1", None));
+        let pulled = ledger.images.get_mut(&(SOCKET.to_owned(), "sha256:2".to_owned())).expect("known");
+        pulled.missing_since = Some(0);
+        let asked = ledger.ask();
+        let is_long_ago = uptime_ms() >= limits::IMAGE_MISSING_MS_MAX;
+        assert_eq!(ledger.prune(SOCKET, &BTreeSet::new(), asked), is_long_ago, "a machine that was booted a moment ago cannot tell");
     }
 
     #[test]

@@ -532,17 +532,23 @@ impl Entry {
         self.status.oom_killed = oom_killed;
         self.status.started_at = self.status.started_at.or(started_at);
         let said = Some(message).filter(|m| !m.is_empty());
+        let own = |said: Option<String>| match exit_code {
+            Some(0) => (Reason::Completed, said),
+            Some(_) => (Reason::Error, said),
+            None => (Reason::Error, said.or_else(|| Some("the runtime does not know the exit code".into()))),
+        };
         let (reason, message) = match &self.wanted {
             _ if oom_killed => (Reason::OomKilled, said),
             _ if never_ran => (Reason::StartFailed, said),
+            // Its time came when it was over already, unseen.
+            Wanted::Stop { reason: Reason::TtlExpired, .. } if is_unasked && exit_code.is_some() => own(said),
             Wanted::Stop { reason, message } => (*reason, message.clone().or(said)),
             Wanted::Delete => (Reason::Stopped, said),
             Wanted::Run => match self.ailing.as_ref().filter(|ailing| !is_own_end(ailing)) {
                 Some(ailing) => (ailing.reason, Some(ailing.message.clone())),
-                None if exit_code == Some(0) => (Reason::Completed, said),
                 // What the runtime kept of it over a boot counts; what it made up does not.
                 None if exit_code.is_none() && self.is_rebooted => return self.lost(),
-                None => (Reason::Error, said.or_else(|| exit_code.is_none().then(|| "the runtime does not know the exit code".into()))),
+                None => own(said),
             },
         };
         let succeeded = exit_code == Some(0) && matches!(reason, Reason::Completed | Reason::Stopped);

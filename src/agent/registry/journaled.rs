@@ -222,6 +222,10 @@ impl Registry {
                 return;
             }
         };
+        if matches!(found.observed, Observed::Ended(_)) {
+            // Before it becomes Running on its way to its end: until that is on disk, what was told before is told.
+            entry.hold();
+        }
         let verified = !seen.handler.is_empty() && seen.handler == seen.asked_handler;
         let isolation = self.isolation(&seen.handler, seen.own_kernel || !verified);
         let container_id = seen.container.as_ref().map(|c| c.id.clone()).unwrap_or_default();
@@ -257,7 +261,6 @@ impl Registry {
             entry.wanted = Wanted::Stop { reason: Reason::IsolationMismatch, message: Some(message) };
         }
         if let Observed::Ended(ending) = found.observed {
-            entry.hold();
             entry.ended(ending);
         }
         inner.entries.insert(id.clone(), entry);

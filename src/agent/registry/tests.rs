@@ -210,6 +210,23 @@ fn what_ended_by_itself_before_its_sandbox_was_found_gone_tells_its_own_end() {
 }
 
 #[test]
+fn what_ended_before_its_time_was_over_tells_its_own_end() {
+    let ended = |reason, exit_code, ago_ms| {
+        let house = running(json!({"restart_policy": "always"}), false);
+        house.registry.want_stop(&id(), reason, None);
+        let ticket = house.registry.begin_end(&id()).expect("to be stopped");
+        let Observed::Ended(ending) = ending(exit_code, false) else { unreachable!("an end") };
+        ticket.finish(Ok(EndStep::Ended(Ending { finished_at: Some(Timestamp::now().minus_ms(ago_ms)), ..ending })));
+        (state(&house), self::reason(&house))
+    };
+    assert_eq!(ended(Reason::TtlExpired, Some(0), 60_000), (State::Succeeded, Some(Reason::Completed)), "and is not run again");
+    assert_eq!(ended(Reason::TtlExpired, Some(137), 60_000), (State::Failed, Some(Reason::Error)));
+    assert_eq!(ended(Reason::TtlExpired, None, 60_000), (State::Failed, Some(Reason::TtlExpired)));
+    assert_eq!(ended(Reason::TtlExpired, Some(143), 0), (State::Failed, Some(Reason::TtlExpired)));
+    assert_eq!(ended(Reason::IsolationMismatch, Some(0), 60_000), (State::Failed, Some(Reason::IsolationMismatch)));
+}
+
+#[test]
 fn what_ended_says_how_and_its_sandbox_is_retired() {
     let check = |observed: Observed, expected: (State, Reason, Option<i32>)| {
         let house = running(json!({}), false);
@@ -768,6 +785,15 @@ fn a_workload_whose_environment_is_unknown_is_not_run_again() {
     let annotated = workload(json!({"env": {"A": ""}, "restart_policy": "always", "restart_backoff_ms": 100}));
     house.registry.adopt(annotated.clone(), &seen(), 0, 0, found(Observed::Running(None)));
     house.registry.observe(&id(), "c", ending(Some(1), false));
+    assert_eq!((state(&house), reason(&house)), (State::Failed, Some(Reason::Error)));
+}
+
+#[test]
+fn what_is_over_when_it_is_taken_up_is_never_called_running() {
+    let house = journaled();
+    house.registry.adopt(workload(json!({})), &seen(), 0, 0, found(ending(Some(3), false)));
+    assert_eq!(state(&house), State::Pending, "its end is not on disk yet");
+    house.registry.saved(house.batch());
     assert_eq!((state(&house), reason(&house)), (State::Failed, Some(Reason::Error)));
 }
 

@@ -291,6 +291,10 @@ fn judge(fate: Fate, meddling: Meddling, has_run: bool, status: &Status) -> Resu
         Some(Reason::SandboxDied | Reason::Error) if meddling.is_harmed && is_killed() => Ok(()),
         // A containerd that was killed may have lost track of what runs, and then it is stopped.
         Some(Reason::RuntimeUnavailable) if meddling.is_real && is_killed() && is_untraceable => Ok(()),
+        // Killed in the middle of a start, it ends what it had begun to run.
+        Some(Reason::Error) if meddling.is_real && !has_run && status.started_at.is_none() && matches!(exit, None | Some(137 | 255)) => {
+            Ok(())
+        }
         Some(Reason::Error) if meddling.is_real && fate != Fate::Forever && matches!(exit, None | Some(137 | 255)) => Ok(()),
         _ => Err("an end that nobody brought about"),
     }
@@ -387,6 +391,12 @@ mod tests {
             [(Running, plain()), (Failed, Status { message, ..status(Some(Reason::RuntimeUnavailable), exit) })]
         };
         check(Fate::Forever, real, &lost(Some(143)), None);
+        let cut_off = status(Some(Reason::Error), Some(137));
+        check(Fate::Forever, real, &[(Pending, plain()), (Failed, cut_off.clone())], None);
+        check(Fate::Forever, none, &[(Pending, plain()), (Failed, cut_off.clone())], Some("an end that nobody"));
+        check(Fate::Forever, real, &[(Running, plain()), (Failed, cut_off.clone())], Some("an end that nobody"));
+        let ran = Status { started_at: Some(Timestamp::now()), ..cut_off };
+        check(Fate::Forever, real, &[(Pending, plain()), (Failed, ran)], Some("an end that nobody"));
         check(Fate::Forever, none, &lost(Some(143)), Some("an end that nobody"));
         check(Fate::Exits(7), real, &lost(Some(7)), Some("an end that nobody"));
         check(
