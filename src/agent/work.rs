@@ -125,6 +125,12 @@ fn end_ticket(agent: &Agent, ticket: &EndTicket<'_>) -> Result<EndStep, String> 
     match ticket.chore {
         Chore::Stop => {
             let Some(container_id) = &ticket.container_id else { return Ok(EndStep::Gone) };
+            // What ended by itself meanwhile is to be told from what we end.
+            let quick = Deadline::within_ms(limits::CRI_QUICK_MS_MAX, "stop");
+            if let Ok(Observed::Ended(ending)) = runtime::observe(client, container_id, quick) {
+                return Ok(EndStep::Ended(ending));
+            }
+            ticket.ask();
             stop(client, container_id, ticket.grace_ms, ticket.failures)
         }
         Chore::Clear => {

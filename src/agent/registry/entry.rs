@@ -54,7 +54,7 @@ pub(super) struct Entry {
     pub(super) kill: Option<Deadline>,
     /// Since when it is to end.
     pub(super) stopping: Option<Stopwatch>,
-    /// When its runtime was asked to stop it, first; at the latest, if an agent before this one did.
+    /// When its runtime was asked to stop it, first; if an agent before this one may have done that, when it was accepted.
     pub(super) asked_to_stop: Option<Timestamp>,
     /// When a probe that got no answer may be tried again, and how long the next pause is.
     pub(super) probe_retry: Option<(Deadline, u64)>,
@@ -555,9 +555,11 @@ impl Entry {
         self.conclude(succeeded, reason, message, finished_at);
     }
 
-    /// Whether it ended before anybody asked its runtime to stop it.
+    /// Whether it ended before anybody asked its runtime to stop it. Before it is asked, it is looked for; what cannot be seen then
+    /// shows later by when it ended, as far as nobody set the clock.
     fn is_unasked(&self, finished_at: Option<Timestamp>) -> bool {
-        finished_at.is_some_and(|finished| self.asked_to_stop.is_none_or(|asked| finished < asked))
+        let Some(asked) = self.asked_to_stop else { return true };
+        self.unknown.is_some() && finished_at.is_some_and(|finished| finished < asked)
     }
 
     pub(super) fn fail_chore(&mut self, message: String) {

@@ -152,7 +152,11 @@ fn untraceable(fields: serde_json::Value) -> House {
 
 #[test]
 fn what_its_runtime_lost_track_of_is_stopped_and_judged_by_how_it_ended() {
-    let lost = |house: &House| house.registry.begin_end(&house.ends.try_recv().expect("queued")).expect("to be stopped").chore;
+    let lost = |house: &House| {
+        let ticket = house.registry.begin_end(&house.ends.try_recv().expect("queued")).expect("to be stopped");
+        ticket.ask();
+        ticket.chore
+    };
     let ended = |house: &House, exit_code, finished_at| {
         let Observed::Ended(ending) = ending(exit_code, false) else { unreachable!("an end") };
         house.registry.observe(&id(), "c", Observed::Ended(Ending { finished_at, ..ending }));
@@ -193,37 +197,35 @@ fn what_its_runtime_lost_track_of_is_stopped_and_judged_by_how_it_ended() {
 }
 
 #[test]
-fn what_ended_by_itself_before_its_sandbox_was_found_gone_tells_its_own_end() {
-    let ended = |reason, exit_code, ago_ms| {
+fn what_ended_by_itself_before_it_was_stopped_tells_its_own_end() {
+    let ended = |wish: &dyn Fn(&House), exit_code, is_asked: bool| {
         let house = running(json!({}), false);
-        house.registry.ail(&id(), "c", reason, "because".into());
+        wish(&house);
         let ticket = house.registry.begin_end(&id()).expect("to be stopped");
-        let Observed::Ended(ending) = ending(Some(exit_code), false) else { unreachable!("an end") };
-        ticket.finish(Ok(EndStep::Ended(Ending { finished_at: Some(Timestamp::now().minus_ms(ago_ms)), ..ending })));
-        self::reason(&house)
-    };
-    assert_eq!(ended(Reason::SandboxDied, 7, 60_000), Some(Reason::Error));
-    assert_eq!(ended(Reason::SandboxDied, 0, 60_000), Some(Reason::Completed));
-    assert_eq!(ended(Reason::SandboxDied, 137, 60_000), Some(Reason::SandboxDied), "its processes died with it");
-    assert_eq!(ended(Reason::SandboxDied, 7, 0), Some(Reason::SandboxDied));
-    assert_eq!(ended(Reason::HealthCheckFailed, 0, 60_000), Some(Reason::HealthCheckFailed));
-}
-
-#[test]
-fn what_ended_before_its_time_was_over_tells_its_own_end() {
-    let ended = |reason, exit_code, ago_ms| {
-        let house = running(json!({"restart_policy": "always"}), false);
-        house.registry.want_stop(&id(), reason, None);
-        let ticket = house.registry.begin_end(&id()).expect("to be stopped");
+        if is_asked {
+            ticket.ask();
+        }
         let Observed::Ended(ending) = ending(exit_code, false) else { unreachable!("an end") };
-        ticket.finish(Ok(EndStep::Ended(Ending { finished_at: Some(Timestamp::now().minus_ms(ago_ms)), ..ending })));
-        (state(&house), self::reason(&house))
+        // Whatever the clock says.
+        let finished_at = Some(Timestamp::now().minus_ms(60_000));
+        ticket.finish(Ok(EndStep::Ended(Ending { finished_at, ..ending })));
+        (state(&house), reason(&house))
     };
-    assert_eq!(ended(Reason::TtlExpired, Some(0), 60_000), (State::Succeeded, Some(Reason::Completed)), "and is not run again");
-    assert_eq!(ended(Reason::TtlExpired, Some(137), 60_000), (State::Failed, Some(Reason::Error)));
-    assert_eq!(ended(Reason::TtlExpired, None, 60_000), (State::Failed, Some(Reason::TtlExpired)));
-    assert_eq!(ended(Reason::TtlExpired, Some(143), 0), (State::Failed, Some(Reason::TtlExpired)));
-    assert_eq!(ended(Reason::IsolationMismatch, Some(0), 60_000), (State::Failed, Some(Reason::IsolationMismatch)));
+    let (done, failed) = ((State::Succeeded, Some(Reason::Completed)), |reason| (State::Failed, Some(reason)));
+    let ails = |reason| move |house: &House| house.registry.ail(&id(), "c", reason, "because".into());
+    let (died, sick) = (ails(Reason::SandboxDied), ails(Reason::HealthCheckFailed));
+    assert_eq!(ended(&died, Some(0), false), done);
+    assert_eq!(ended(&died, Some(7), false), failed(Reason::Error));
+    assert_eq!(ended(&died, Some(137), false), failed(Reason::SandboxDied), "its processes died with it");
+    assert_eq!(ended(&died, Some(7), true), failed(Reason::SandboxDied));
+    assert_eq!(ended(&sick, Some(0), false), failed(Reason::HealthCheckFailed));
+    let stops = |reason| move |house: &House| house.registry.want_stop(&id(), reason, None);
+    let (late, fake) = (stops(Reason::TtlExpired), stops(Reason::IsolationMismatch));
+    assert_eq!(ended(&late, Some(0), false), done);
+    assert_eq!(ended(&late, Some(137), false), failed(Reason::Error));
+    assert_eq!(ended(&late, None, false), failed(Reason::TtlExpired));
+    assert_eq!(ended(&late, Some(0), true), failed(Reason::TtlExpired));
+    assert_eq!(ended(&fake, Some(0), false), failed(Reason::IsolationMismatch));
 }
 
 #[test]
@@ -290,6 +292,7 @@ fn a_stop_that_comes_with_the_last_step_of_the_start_is_done_after_it() {
     ticket.finish(Ok((started(), false)));
     let ticket = house.registry.begin_end(&house.ends.try_recv().expect("queued")).expect("to be stopped");
     assert_eq!((ticket.chore, ticket.container_id.as_deref()), (Chore::Stop, Some("c")));
+    ticket.ask();
     let Observed::Ended(ending) = ending(Some(0), false) else { unreachable!() };
     ticket.finish(Ok(EndStep::Ended(ending)));
     assert_eq!((state(&house), reason(&house)), (State::Failed, Some(Reason::TtlExpired)), "a forced end is no success");

@@ -38,9 +38,6 @@ impl Registry {
     pub fn begin_end(&self, id: &WorkloadId) -> Option<EndTicket<'_>> {
         let mut inner = self.lock();
         let (chore, entry) = self.begin(&mut inner, id, &[Chore::Clear, Chore::Stop, Chore::Retire, Chore::Remove])?;
-        if chore == Chore::Stop {
-            entry.asked_to_stop.get_or_insert_with(Timestamp::now);
-        }
         let made = entry.made.as_ref();
         Some(EndTicket {
             registry: self,
@@ -303,6 +300,13 @@ impl EndTicket<'_> {
     /// Whose.
     pub fn id(&self) -> &WorkloadId {
         &self.id
+    }
+
+    /// The runtime is about to be asked to stop the container. What it says of its end from now on may be our doing.
+    pub fn ask(&self) {
+        if let Some(entry) = self.registry.lock().entries.get_mut(&self.id) {
+            entry.asked_to_stop.get_or_insert_with(Timestamp::now);
+        }
     }
 
     /// Records the outcome; a failure, in words, is tried again.
