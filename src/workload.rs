@@ -268,8 +268,9 @@ impl ImageRef {
     /// # Errors
     /// [`Unfit`] when a part of it is not what the OCI distribution specification allows.
     pub fn new(text: &str) -> Result<Self, Unfit> {
+        let too_long = || Unfit(format!("image must be 1 to {} bytes, registry and tag included", limits::IMAGE_BYTES_MAX));
         if text.is_empty() || text.len() > limits::IMAGE_BYTES_MAX {
-            return Err(Unfit(format!("image must be 1 to {} bytes", limits::IMAGE_BYTES_MAX)));
+            return Err(too_long());
         }
         let (rest, digest) = match text.split_once('@') {
             Some((rest, digest)) => (rest, Some(digest)),
@@ -306,7 +307,8 @@ impl ImageRef {
             full.push('@');
             full.push_str(digest);
         }
-        Ok(Self(full))
+        // What is kept and read again is this.
+        if full.len() > limits::IMAGE_BYTES_MAX { Err(too_long()) } else { Ok(Self(full)) }
     }
 
     /// The whole reference.
@@ -661,7 +663,10 @@ mod tests {
     #[test]
     fn image_references_are_completed() {
         let digest = format!("sha256:{}", "0".repeat(64));
-        let check = |given: &str, full: &str| assert_eq!(ImageRef::new(given).map(|i| i.0), Ok(full.to_owned()));
+        let check = |given: &str, full: &str| {
+            // What is read again is the same.
+            assert_eq!([given, full].map(|text| ImageRef::new(text).map(|i| i.0)), [Ok(full.to_owned()), Ok(full.to_owned())]);
+        };
         check("busybox", "docker.io/library/busybox:latest");
         check("busybox:1.35", "docker.io/library/busybox:1.35");
         check("docker.io/busybox:1.35", "docker.io/library/busybox:1.35");

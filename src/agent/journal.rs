@@ -349,6 +349,7 @@ mod tests {
             restart_at: None,
             ttl_at: None,
             ailing: None,
+            asked_to_stop: None,
             ran_since: None,
             boot_id: "boot".into(),
         }))

@@ -59,11 +59,22 @@ pub struct Health {
     pub has_events: bool,
 }
 
-/// A path without the links on the way to its last part, as far as that is there: a socket by the one name that does not change with
-/// how it is spelled.
+/// A path without links, as far as it is there: a socket by the one name that does not change with how it is spelled. What it leads to
+/// need not be there yet.
 pub fn real(path: &Path) -> PathBuf {
-    let known = |ancestor: &Path| Some((fs::canonicalize(ancestor).ok()?, path.strip_prefix(ancestor).ok()?.to_owned()));
-    path.ancestors().skip(1).find_map(known).map_or_else(|| path.to_owned(), |(real, rest)| real.join(rest))
+    let known = |path: &Path, ancestor: &Path| Some((fs::canonicalize(ancestor).ok()?, path.strip_prefix(ancestor).ok()?.to_owned()));
+    let parents = |path: &Path| {
+        path.ancestors().skip(1).find_map(|ancestor| known(path, ancestor)).map_or_else(|| path.to_owned(), |(real, rest)| real.join(rest))
+    };
+    let mut real = parents(path);
+    // As many as the kernel follows.
+    for _ in 0..40 {
+        match (fs::read_link(&real), real.parent()) {
+            (Ok(target), Some(parent)) => real = parents(&parent.join(target)),
+            _ => break,
+        }
+    }
+    real
 }
 
 impl Endpoint {
@@ -317,6 +328,10 @@ mod tests {
             assert_eq!(real(&dir.join(path)), here.join("run/cri.sock"), "{path}");
         }
         assert_eq!(real(&dir.join("var-run/later/cri.sock")), here.join("run/later/cri.sock"));
+        std::os::unix::fs::symlink("../run/later.sock", dir.join("run/link.sock")).expect("linked");
+        assert_eq!(real(&dir.join("var-run/link.sock")), here.join("run/later.sock"));
+        std::os::unix::fs::symlink("loop.sock", dir.join("run/loop.sock")).expect("linked");
+        assert_eq!(real(&dir.join("run/loop.sock")), here.join("run/loop.sock"));
         fs::remove_dir_all(&dir).expect("removed");
     }
 }

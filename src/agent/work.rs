@@ -127,8 +127,11 @@ fn end_ticket(agent: &Agent, ticket: &EndTicket<'_>) -> Result<EndStep, String> 
             let Some(container_id) = &ticket.container_id else { return Ok(EndStep::Gone) };
             // What ended by itself meanwhile is to be told from what we end.
             let quick = Deadline::within_ms(limits::CRI_QUICK_MS_MAX, "stop");
-            if let Ok(Observed::Ended(ending)) = runtime::observe(client, container_id, quick) {
-                return Ok(EndStep::Ended(ending));
+            match runtime::observe(client, container_id, quick) {
+                Ok(Observed::Ended(ending)) => return Ok(EndStep::Ended(ending)),
+                // Nobody is there to be asked.
+                Err(error) if matches!(error.kind, ErrorKind::Connect(_)) => return Err(words(&error)),
+                Ok(_) | Err(_) => {}
             }
             ticket.ask();
             stop(client, container_id, ticket.grace_ms, ticket.failures)

@@ -95,6 +95,9 @@ pub struct Update {
     pub ailing: Option<Ailing>,
     /// When it first ran.
     pub ran_since: Option<Timestamp>,
+    /// When its runtime was asked to stop it, first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub asked_to_stop: Option<Timestamp>,
     /// The boot of the machine this was written under (`/proc/sys/kernel/random/boot_id`); empty when what ran under an earlier one was
     /// not found out about yet.
     pub boot_id: String,

@@ -124,7 +124,12 @@ fn limits_hold_at_the_limit_and_one_beyond() {
     let ports = |n: usize| json!(vec![json!({"container": 80}); n]);
     let rows = [
         ("id", json!("a".repeat(limits::ID_BYTES_MAX)), json!("a".repeat(limits::ID_BYTES_MAX + 1))),
-        ("image", json!(format!("h/{}", "a".repeat(limits::IMAGE_BYTES_MAX - 19))), json!("a".repeat(limits::IMAGE_BYTES_MAX + 1))),
+        // With the registry and the tag that it is completed by.
+        (
+            "image",
+            json!(format!("h/{}", "a".repeat(limits::IMAGE_BYTES_MAX - 19))),
+            json!(format!("h/{}", "a".repeat(limits::IMAGE_BYTES_MAX - 18))),
+        ),
         ("memory_mb", json!(limits::MEMORY_MB_MAX), json!(limits::MEMORY_MB_MAX + 1)),
         ("memory_mb", json!(limits::MEMORY_MB_MIN), json!(limits::MEMORY_MB_MIN - 1)),
         ("cpu_millicores", json!(limits::CPU_MILLICORES_MAX), json!(limits::CPU_MILLICORES_MAX + 1)),

@@ -262,6 +262,10 @@ fn collect_from(agent: &Agent, endpoint: usize, reply: &mut Reply) {
                 let why = match kept {
                     Kept::Wanted => "somebody came for it meanwhile".to_owned(),
                     Kept::Failed(error) => {
+                        if error.is_in_doubt() {
+                            // It may go yet; nothing else goes in its place.
+                            judge.gone(candidate.bytes);
+                        }
                         let why = format!("not removed: {}", clip(Chain(&error).to_string(), limits::IMAGE_BYTES_MAX));
                         row.problem.get_or_insert_with(|| format!("image {} was {why}", candidate.id));
                         why
@@ -293,7 +297,7 @@ fn candidates(agent: &Agent, endpoint: usize, survey: Survey) -> Vec<Candidate> 
     let now = Timestamp::now();
     let mut inner = agent.images.lock();
     let listed: BTreeSet<&str> = images.iter().map(|image| image.id.as_str()).collect();
-    let mut is_dirty = inner.ledger.prune(&socket, &listed, asked);
+    let mut is_dirty = inner.ledger.prune(&socket, &listed, asked, limits::IMAGE_MISSING_MS_MAX);
     let names = |image: &proto::Image| image.repo_tags.iter().chain(&image.repo_digests).cloned().collect();
     let named: Vec<(&str, Vec<String>)> = images.iter().map(|image| (image.id.as_str(), names(image))).collect();
     is_dirty |= inner.ledger.sweep(&socket, &named, (asked, watch), now);

@@ -54,7 +54,7 @@ pub(super) struct Entry {
     pub(super) kill: Option<Deadline>,
     /// Since when it is to end.
     pub(super) stopping: Option<Stopwatch>,
-    /// When its runtime was asked to stop it, first; if an agent before this one may have done that, when it was accepted.
+    /// When its runtime was asked to stop it, first.
     pub(super) asked_to_stop: Option<Timestamp>,
     /// When a probe that got no answer may be tried again, and how long the next pause is.
     pub(super) probe_retry: Option<(Deadline, u64)>,
@@ -520,7 +520,7 @@ impl Entry {
         }
         let is_unasked = self.is_unasked(finished_at);
         // containerd's own, for a container that it has no task of (`cleanupUnknownContainer`).
-        let is_made_up = |code: &i32| *code == 255 && self.unknown.is_some() && !is_unasked;
+        let is_made_up = |code: &i32| *code == 255 && self.is_lost_track_of() && !is_unasked;
         let exit_code = exit_code.filter(|code| !is_made_up(code));
         // What had ended by itself, unseen, before it was stopped for want of a sandbox or of any trace of it, is not done again.
         let is_own_end = |ailing: &Ailing| {
@@ -559,7 +559,12 @@ impl Entry {
     /// shows later by when it ended, as far as nobody set the clock.
     fn is_unasked(&self, finished_at: Option<Timestamp>) -> bool {
         let Some(asked) = self.asked_to_stop else { return true };
-        self.unknown.is_some() && finished_at.is_some_and(|finished| finished < asked)
+        self.is_lost_track_of() && finished_at.is_some_and(|finished| finished < asked)
+    }
+
+    /// Its runtime does not know whether it runs, or did not when it was given up for that.
+    fn is_lost_track_of(&self) -> bool {
+        self.unknown.is_some() || self.ailing.as_ref().is_some_and(|ailing| ailing.reason == Reason::RuntimeUnavailable)
     }
 
     pub(super) fn fail_chore(&mut self, message: String) {

@@ -74,7 +74,21 @@ impl Registry {
         entry.touch();
         entry.ledger.saved = entry.ledger.change;
         let Some(update) = saved.update else { return Ok(entry) };
-        let Update { id: _, wanted, state, status, launched, retired, streak, restart_at, ttl_at, ailing, ran_since, boot_id } = update;
+        let Update {
+            id: _,
+            wanted,
+            state,
+            status,
+            launched,
+            retired,
+            streak,
+            restart_at,
+            ttl_at,
+            ailing,
+            ran_since,
+            asked_to_stop,
+            boot_id,
+        } = update;
         let rebooted = boot_id != boot_now;
         entry.ran_since = ran_since;
         let is_active = !state.is_terminal();
@@ -110,7 +124,7 @@ impl Registry {
             let is_ending = entry.wanted != Wanted::Run || entry.ailing.is_some();
             entry.status.phase = is_ending.then_some(Phase::Stopping);
             entry.stopping = is_ending.then(Stopwatch::start);
-            entry.asked_to_stop = is_ending.then_some(entry.status.created_at);
+            entry.asked_to_stop = asked_to_stop;
         }
         Ok(entry)
     }
@@ -353,6 +367,7 @@ fn update(entry: &Entry, boot_id: &str) -> record::Update {
         ttl_at: entry.ttl.map(at),
         ailing: entry.ailing.clone(),
         ran_since: entry.ran_since,
+        asked_to_stop: entry.asked_to_stop,
         boot_id: if entry.is_rebooted { String::new() } else { boot_id.to_owned() },
     }
 }

@@ -304,9 +304,12 @@ impl EndTicket<'_> {
 
     /// The runtime is about to be asked to stop the container. What it says of its end from now on may be our doing.
     pub fn ask(&self) {
-        if let Some(entry) = self.registry.lock().entries.get_mut(&self.id) {
-            entry.asked_to_stop.get_or_insert_with(Timestamp::now);
-        }
+        let mut inner = self.registry.lock();
+        let Some(entry) = inner.entries.get_mut(&self.id).filter(|entry| entry.asked_to_stop.is_none()) else { return };
+        entry.asked_to_stop = Some(Timestamp::now());
+        // Not waited for: on a full disk, too, what is to end is ended.
+        entry.touch();
+        self.registry.save(&mut inner, &self.id);
     }
 
     /// Records the outcome; a failure, in words, is tried again.
