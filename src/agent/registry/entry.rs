@@ -522,11 +522,13 @@ impl Entry {
         // containerd's own, for a container that it has no task of (`cleanupUnknownContainer`).
         let is_made_up = |code: &i32| *code == 255 && self.is_lost_track_of() && !is_unasked;
         let exit_code = exit_code.filter(|code| !is_made_up(code));
-        // What had ended by itself, unseen, before it was stopped for want of a sandbox or of any trace of it, is not done again.
-        let is_own_end = |ailing: &Ailing| {
-            is_unasked
-                && matches!(ailing.reason, Reason::SandboxDied | Reason::RuntimeUnavailable)
-                && exit_code.is_some_and(|code| !matches!(code, 137 | 143))
+        // What had ended by itself, unseen, before it was stopped for want of a sandbox or of any trace of it, is not done again. For
+        // want of a sandbox it is killed at once, which leaves no other exit code than these.
+        let is_killed = exit_code.is_none_or(|code| matches!(code, 137 | 143 | 255));
+        let is_own_end = |ailing: &Ailing| match ailing.reason {
+            Reason::SandboxDied => !is_killed,
+            Reason::RuntimeUnavailable => !is_killed && is_unasked,
+            _ => false,
         };
         self.status.exit_code = exit_code;
         self.status.oom_killed = oom_killed;

@@ -217,7 +217,8 @@ fn what_ended_by_itself_before_it_was_stopped_tells_its_own_end() {
     assert_eq!(ended(&died, Some(0), false), done);
     assert_eq!(ended(&died, Some(7), false), failed(Reason::Error));
     assert_eq!(ended(&died, Some(137), false), failed(Reason::SandboxDied), "its processes died with it");
-    assert_eq!(ended(&died, Some(7), true), failed(Reason::SandboxDied));
+    assert_eq!(ended(&died, Some(7), true), failed(Reason::Error), "it got there first");
+    assert_eq!(ended(&died, Some(137), true), failed(Reason::SandboxDied));
     assert_eq!(ended(&sick, Some(0), false), failed(Reason::HealthCheckFailed));
     let stops = |reason| move |house: &House| house.registry.want_stop(&id(), reason, None);
     let (late, fake) = (stops(Reason::TtlExpired), stops(Reason::IsolationMismatch));
