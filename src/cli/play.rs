@@ -128,7 +128,8 @@ impl Project {
         write_new(&directory.join(".gitignore"), "/data/\n/certs/\n")?;
         let name = name_of(&directory);
         let runtime = format!(
-            "[runtime]\nname = \"{name}\"\nsite = \"default-site\"\n\n[runtime.web]\nlisten = \"{CONTROL_PLANE_LISTEN}\"\nauth = \"local\"\n\n\
+            "[runtime]\nname = \"{name}\"\nsite = \"default-site\"\n\n\
+             [runtime.web]\nlisten = \"{CONTROL_PLANE_LISTEN}\"\nauth = \"local\"\n\n\
              [runtime.log]\nlevel = \"info\"\n"
         );
         if write_new(&directory.join("runtime.toml"), &runtime)? {

@@ -1,7 +1,8 @@
 //! A workload becomes a sandbox and a container, and an observation becomes what we know of it.
 //!
 //! A start is sandbox, handler check, container, start; the image is there by then ([`super::images`]). Each step that made something
-//! names its undo; on failure they are undone in reverse, under a deadline of their own. What cannot be undone then carries our labels and is swept later.
+//! names its undo; on failure they are undone in reverse, under a deadline of their own. What cannot be undone then carries our labels
+//! and is swept later.
 //!
 //! Invariant: the user's code runs only in a sandbox whose handler the runtime itself reported to be the one asked for.
 //! Invariant: a creation that may have happened is looked for by its labels before anything else is done about it.

@@ -373,6 +373,28 @@ fn a_pull_that_ends_with_the_agent_is_written_down() {
 }
 
 #[test]
+fn a_removal_without_an_answer_is_not_made_up_for_by_others() {
+    let place = Place::sim(&[]);
+    let agent = agent_with(&place, TIGHT);
+    for id in ["a", "b", "c"] {
+        agent.run(&of(&place, id, &format!("r.test/mb-10/{id}:1")));
+        agent.delete(id);
+    }
+    // 57 of 100, down to 40: two go. The answer about the first is lost, and nobody knows whether it went.
+    place.faults(&["image-used=59768832", "RemoveImage:error=DEADLINE_EXCEEDED,slow*1"]);
+    let did = collect(&agent, false);
+    let why = |id: &str| row(&did, &format!("r.test/mb-10/{id}:1")).why.clone();
+    assert!(why("a").starts_with("not removed: RemoveImage"), "{did:?}");
+    assert_eq!((row(&did, "r.test/mb-10/b:1").removed, row(&did, "r.test/mb-10/c:1").removed), (true, false), "{did:?}");
+    assert_eq!((why("c").as_str(), place.count("RemoveImage")), ("enough goes without it to come down to 40 %", 2));
+    // One that the runtime refuses makes no room: the next goes for it.
+    place.faults(&["image-used=59768832", "RemoveImage:error=UNKNOWN,busy*1"]);
+    let did = collect(&agent, false);
+    let removed = |id: &str| row(&did, &format!("r.test/mb-10/{id}:1")).removed;
+    assert_eq!((removed("a"), removed("c")), (false, true), "{did:?}");
+}
+
+#[test]
 fn images_nobody_uses_go_when_there_is_no_room() {
     let place = Place::sim(&[]);
     // Somebody else's, of another size.

@@ -261,8 +261,10 @@ impl Ledger {
             if !is_of_registry(name, &pulled.names) {
                 // Who shows no set of their own shows what the node shows.
                 let may_use = |known: &Source| known == source || matches!(known, Source::Anonymous) || (known, source) == NODES;
-                if pulled.since > opened && *source != Source::Anonymous {
-                    // It came while this was under way, from a registry that may have waited for just that.
+                let is_anybodys = pulled.sources.iter().eq([&Source::Anonymous]);
+                if pulled.since > opened && *source != Source::Anonymous && is_anybodys {
+                    // It came while this was under way, from a registry that may have waited for just that. What is somebody's stays
+                    // theirs: that they came later says nothing.
                     pulled.sources.clear();
                 } else if !pulled.sources.iter().any(may_use) {
                     return Err(Refusal::Private);
@@ -734,6 +736,24 @@ mod tests {
         assert!(pull(&mut ledger, &[], "sha256:1", &evil, at(1)));
         assert_eq!(ledger.pulled(&private, &found("sha256:1", &["r.test/a:1", "evil.test/x:1"]), opened, at(2)), Ok(true));
         assert!(may_use(&ledger, "sha256:1", "r.test/a:1", Some("team")) && !may_use(&ledger, "sha256:1", "evil.test/x:1", None));
+        // Nor does it get what is somebody's by having begun before them.
+        let mut ledger = self::ledger(&temporary());
+        let slow = key("evil.test/x:1", Source::Named(name("evil")));
+        let opened = look(&mut ledger, &[]);
+        ledger.open(&slow, opened).expect("room");
+        assert!(pull(&mut ledger, &[], "sha256:1", &private, at(1)));
+        let claim = found("sha256:1", &["r.test/a:1", "evil.test/x:1"]);
+        assert_eq!(ledger.pulled(&slow, &claim, opened, at(2)), Err(Refusal::Private));
+        assert!(may_use(&ledger, "sha256:1", "r.test/a:1", Some("team")) && !may_use(&ledger, "sha256:1", "r.test/a:1", Some("evil")));
+        // Nor what a lost pull brought meanwhile, which is for nobody yet.
+        let mut ledger = self::ledger(&temporary());
+        let opened = look(&mut ledger, &[]);
+        ledger.open(&slow, opened).expect("room");
+        let lost = look(&mut ledger, &[]);
+        ledger.open(&private, lost).expect("room");
+        ledger.close(&private, Remains::Perhaps);
+        assert!(sweep(&mut ledger, "sha256:1", "r.test/a:1"));
+        assert_eq!(ledger.pulled(&slow, &claim, opened, at(2)), Err(Refusal::Private));
     }
 
     #[test]
